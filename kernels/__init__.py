@@ -1,0 +1,3 @@
+"""Recurrent kernels."""
+
+__version__ = "0.1.0"
