@@ -1,0 +1,257 @@
+"""Attention over encoder states, masked by length: dot, general (Luong) and additive (Bahdanau).
+
+Dimensions: B batch, Q queries (decoder steps), S source length, Dq and Dk the sizes of a query
+and of a key. Every attention scores each query against each key, normalises over the source and
+averages the keys::
+
+    score[b, q, s]   = how well query q fits key s           (the one thing the classes differ in)
+    weights[b, q, :] = softmax(score[b, q, :lengths[b]])     (exactly zero past lengths[b])
+    context[b, q]    = sum_s weights[b, q, s] keys[b, s]
+
+The part of the score that depends on the keys alone, ``project(keys)``, is worth computing once per
+sequence; a caller that decodes step by step passes it back as ``projected``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ATTENTIONS",
+    "AdditiveAttention",
+    "Attention",
+    "DotAttention",
+    "GeneralAttention",
+    "build_attention",
+]
+
+
+def valid_positions(lengths: Tensor, size: int) -> Tensor:
+    """Mark the positions that lie inside each sequence.
+
+    Args:
+        lengths: integer tensor [B], the length of each sequence.
+        size: the padded length.
+
+    Returns:
+        Boolean tensor [B, size], true where the position is smaller than the length.
+    """
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+class Attention(nn.Module):
+    """Masked attention; subclasses define ``project`` and ``score``.
+
+    Args:
+        query_size: Dq, the last dimension of the queries.
+        key_size: Dk, the last dimension of the keys.
+
+    Raises:
+        ValueError: a size is smaller than one.
+    """
+
+    def __init__(self, query_size: int, key_size: int) -> None:
+        super().__init__()
+        for name, size in (("query_size", query_size), ("key_size", key_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.query_size, self.key_size = query_size, key_size
+
+    def project(self, keys: Tensor) -> Tensor:
+        """Compute what the score needs of the keys.
+
+        Args:
+            keys: [B, S, Dk].
+
+        Returns:
+            [B, S, P], P depending on the kind of attention.
+        """
+        raise NotImplementedError
+
+    def score(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Score every query against every projected key.
+
+        Args:
+            query: [B, Q, Dq].
+            projected: [B, S, P], the result of `project`.
+
+        Returns:
+            [B, Q, S], before masking and softmax.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        lengths: Tensor | None = None,
+        projected: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Average the keys, weighted by how well they fit each query.
+
+        Args:
+            query: [B, Q, Dq], decoder states.
+            keys: [B, S, Dk], encoder outputs. Finite values past ``lengths`` change nothing.
+            lengths: int64 [B] on the device of the keys; positions at or past it get a weight of
+                exactly zero. A row of length 0 gets all-zero weights and context. None: no padding.
+            projected: ``project(keys)`` if the caller has it already; None computes it.
+
+        Returns:
+            context [B, Q, Dk] and weights [B, Q, S]; each row of weights sums to one.
+
+        Raises:
+            ValueError: a shape or a device does not fit.
+        """
+        self._check(query, keys, lengths)
+        score = self.score(query, self.project(keys) if projected is None else projected)
+        if lengths is None:
+            weights = score.softmax(-1)
+        else:
+            padding = ~valid_positions(lengths, keys.shape[1])[:, None]
+            masked = score.masked_fill(padding, torch.finfo(score.dtype).min)
+            weights = masked.softmax(-1).masked_fill(padding, 0.0)
+        return weights.to(keys.dtype) @ keys, weights
+
+    def _check(self, query: Tensor, keys: Tensor, lengths: Tensor | None) -> None:
+        for name, tensor, size in (
+            ("query", query, self.query_size),
+            ("keys", keys, self.key_size),
+        ):
+            if tensor.dim() != 3 or tensor.shape[-1] != size:
+                raise ValueError(f"{name} must have shape [B, *, {size}], got {list(tensor.shape)}")
+        if query.shape[0] != keys.shape[0]:
+            raise ValueError(
+                f"query has {query.shape[0]} rows, keys have {keys.shape[0]}: expected as many"
+            )
+        if lengths is None:
+            return
+        if lengths.shape != (keys.shape[0],) or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be an integer tensor of shape [{keys.shape[0]}], "
+                f"got {lengths.dtype} {list(lengths.shape)}"
+            )
+        if lengths.device != keys.device:
+            raise ValueError(
+                f"lengths are on {lengths.device}, keys on {keys.device}: expected the same device"
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return f"query_size={self.query_size}, key_size={self.key_size}"
+
+
+class DotAttention(Attention):
+    """Luong's dot score, without parameters: ``score = q . k``.
+
+    Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
+    2015, equation 8.
+
+    Args:
+        query_size: Dq.
+        key_size: Dk; must equal ``query_size``.
+
+    Raises:
+        ValueError: the two sizes differ.
+    """
+
+    def __init__(self, query_size: int, key_size: int) -> None:
+        super().__init__(query_size, key_size)
+        if query_size != key_size:
+            raise ValueError(
+                f"dot attention needs query_size == key_size, got {query_size} and {key_size}; "
+                "'general' attention joins different sizes"
+            )
+
+    def project(self, keys: Tensor) -> Tensor:
+        """Return the keys as they are."""
+        return keys
+
+    def score(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Compute ``q . k`` [B, Q, S]."""
+        return query @ projected.transpose(1, 2)
+
+
+class GeneralAttention(Attention):
+    """Luong's general score: ``score = q^T W k``, W [Dq, Dk].
+
+    Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
+    2015, equation 8.
+
+    Args:
+        query_size: Dq.
+        key_size: Dk.
+    """
+
+    def __init__(self, query_size: int, key_size: int) -> None:
+        super().__init__(query_size, key_size)
+        self.key = nn.Linear(key_size, query_size, bias=False)
+
+    def project(self, keys: Tensor) -> Tensor:
+        """Compute ``W k`` [B, S, Dq]."""
+        return self.key(keys)
+
+    def score(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Compute ``q . (W k)`` [B, Q, S]."""
+        return query @ projected.transpose(1, 2)
+
+
+class AdditiveAttention(Attention):
+    """Bahdanau's score: ``score = v^T tanh(W q + U k + b)``.
+
+    Bahdanau, Cho and Bengio, Neural Machine Translation by Jointly Learning to Align and
+    Translate, 2014, appendix A.1.2. Luong's "concat" score is the same function. All queries at
+    once take B * Q * S * ``hidden_size`` numbers.
+
+    Args:
+        query_size: Dq.
+        key_size: Dk.
+        hidden_size: size of v; None takes ``query_size``.
+    """
+
+    def __init__(self, query_size: int, key_size: int, hidden_size: int | None = None) -> None:
+        super().__init__(query_size, key_size)
+        hidden_size = query_size if hidden_size is None else hidden_size
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        self.query = nn.Linear(query_size, hidden_size, bias=False)
+        self.key = nn.Linear(key_size, hidden_size)
+        self.energy = nn.Linear(hidden_size, 1, bias=False)
+
+    def project(self, keys: Tensor) -> Tensor:
+        """Compute ``U k + b`` [B, S, hidden_size]."""
+        return self.key(keys)
+
+    def score(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Compute ``v . tanh(W q + (U k + b))`` [B, Q, S]."""
+        return self.energy(torch.tanh(self.query(query)[:, :, None] + projected[:, None])).squeeze(
+            -1
+        )
+
+
+ATTENTIONS: dict[str, type[Attention]] = {
+    "dot": DotAttention,
+    "general": GeneralAttention,
+    "additive": AdditiveAttention,
+}
+
+
+def build_attention(kind: str, query_size: int, key_size: int) -> Attention | None:
+    """Build an attention by name.
+
+    Args:
+        kind: "none", "dot", "general" or "additive".
+        query_size: Dq.
+        key_size: Dk.
+
+    Returns:
+        The module, or None for "none": the decoder sees the source through its initial state only.
+
+    Raises:
+        ValueError: the name is unknown, or the sizes do not fit the kind.
+    """
+    if kind == "none":
+        return None
+    if kind not in ATTENTIONS:
+        raise ValueError(f"attention must be one of none, {', '.join(ATTENTIONS)}; got {kind!r}")
+    return ATTENTIONS[kind](query_size, key_size)
