@@ -1,0 +1,219 @@
+"""What every task shares: optimizer, checkpoint, and the road from raw text to results."""
+
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+
+import kernels
+
+FORMAT = 1
+"""Of what a task writes into a checkpoint; a reader refuses a later one."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, with the reason in one line."""
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint of a `Task` without running any code that it may hold.
+
+    Args:
+        path: the `.ckpt` file.
+        map_location: where its tensors go, as for `torch.load`.
+
+    Returns:
+        Lightning's checkpoint; under `fusedrnn`, what the task needs to be built again: `format`,
+        `task`, `version`, `arguments`, `codec`, `seed`.
+
+    Raises:
+        CheckpointError: no such file, or it is truncated, unsafe, of another program, or of a later
+            version.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: truncated, or not a checkpoint that loads safely"
+        ) from error
+    header = checkpoint.get("fusedrnn") if isinstance(checkpoint, dict) else None
+    if not isinstance(header, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path}: not a checkpoint of fusedrnn")
+    if header["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by fusedrnn {header['version']}, newer than {kernels.__version__}"
+        )
+    return checkpoint
+
+
+class Task(L.LightningModule):
+    """Base of the models that train on labelled text: `Tagger`, `Seq2Seq` and yours.
+
+    A checkpoint carries the codec and the plain constructor arguments, so that
+    `load_from_checkpoint` needs neither the training data nor a configuration. It does not use
+    `save_hyperparameters`, so a configuration given on resuming is the one that counts.
+
+    Every epoch draws its random numbers (dropout, sampling) from the seed, the epoch and the rank,
+    so that a run that is resumed at the end of an epoch continues exactly.
+
+    Args:
+        codec: turns text into model input and model output into text. It has `to_dict()`, of plain
+            data, and the class method `from_dict()`.
+        arguments: the other constructor arguments, plain data: numbers, strings, booleans, None,
+            lists and dicts of them.
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes the learning-rate scheduler from the optimizer; it steps once an epoch. A
+            `ReduceLROnPlateau` watches the metric it names, or else the task's `monitor`.
+
+    Attributes:
+        codec_class: the class of `codec`; set by each subclass.
+        monitor: the logged metric that says how good the model is.
+
+    Raises:
+        TypeError: an argument is not plain data.
+    """
+
+    codec_class: type
+    monitor: str = "val/loss"
+
+    def __init__(
+        self,
+        codec: Any,
+        arguments: dict[str, Any],
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.codec = codec
+        self.arguments = {name: _plain(value, name) for name, value in arguments.items()}
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.seed: int | None = None
+
+    def predict_lines(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
+        """Yields one line of result for each line of raw text, in order.
+
+        Args:
+            lines: raw text without line ends. It may be endless: only a bounded number is held at a
+                time.
+            **options: what a task offers, such as `batch_size`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no predict_lines")
+
+    def configure_optimizers(self) -> Any:
+        """Builds the optimizer and, with it, the scheduler."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            named = isinstance(scheduler, ReduceLROnPlateau)
+            config["monitor"] = scheduler.monitor if named else self.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_fit_start(self) -> None:
+        """Remembers the seed that the epochs draw from."""
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**31
+
+    def on_train_epoch_start(self) -> None:
+        """Makes the random numbers of this epoch depend on nothing that came before."""
+        assert self.seed is not None
+        torch.manual_seed(self.seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `load_from_checkpoint` needs."""
+        checkpoint["fusedrnn"] = {
+            "format": FORMAT,
+            "task": type(self).__name__,
+            "version": kernels.__version__,
+            "arguments": self.arguments,
+            "codec": self.codec.to_dict(),
+            "seed": self.seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint fits this model, and takes over its seed."""
+        self.check(checkpoint)
+        self.seed = checkpoint["fusedrnn"]["seed"]
+
+    def check(self, checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> None:
+        """Checks that a checkpoint was written by a model like this one.
+
+        Args:
+            checkpoint: what `read_checkpoint` returned.
+            path: its file, for the message.
+
+        Raises:
+            CheckpointError: it is of another task, vocabulary or size; the message names the first
+                difference.
+        """
+        header = checkpoint.get("fusedrnn")
+        if header is None:
+            raise CheckpointError(f"{path}: not a checkpoint of fusedrnn")
+        if header["task"] != type(self).__name__:
+            raise CheckpointError(f"{path}: holds a {header['task']}, not a {type(self).__name__}")
+        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                there, here = theirs.get(name, "absent"), ours.get(name, "absent")
+                raise CheckpointError(
+                    f"{path}: {name} is {there} there and {here} in this model; "
+                    "give the run's own configuration (its config.yaml)"
+                )
+        if header["codec"] != self.codec.to_dict():
+            raise CheckpointError(f"{path}: was trained with another vocabulary than this model's")
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, path: str | Path, map_location: Any = "cpu"
+    ) -> Self:
+        """Builds a trained model from its checkpoint alone, ready for use (in evaluation mode).
+
+        Args:
+            path: the `.ckpt` file.
+            map_location: where the weights go, as for `torch.load`.
+
+        Returns:
+            A model of the class that wrote the checkpoint, which is `cls` or, called on a base
+            class, one of its subclasses.
+
+        Raises:
+            CheckpointError: the file cannot be read (see `read_checkpoint`), or holds a model of
+                another class.
+        """
+        checkpoint = read_checkpoint(path, map_location)
+        header = checkpoint["fusedrnn"]
+        known = {task.__name__: task for task in _family(cls)}
+        task = known.get(header["task"])
+        if task is None:
+            expected = " or ".join(sorted(known.keys() - {"Task"})) or cls.__name__
+            raise CheckpointError(f"{path}: holds a {header['task']}, expected {expected}")
+        model = task(codec=task.codec_class.from_dict(header["codec"]), **header["arguments"])
+        model.check(checkpoint, path)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model.eval()
+
+
+def _family(task: type[Task]) -> list[type[Task]]:
+    """Returns a class and all that derive from it."""
+    return [task, *(member for child in task.__subclasses__() for member in _family(child))]
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Copies plain data, tuples as lists, and refuses what a checkpoint cannot carry safely."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    raise TypeError(f"{name}: expected numbers, strings, lists or dicts of them, got {value!r}")

@@ -1,0 +1,15 @@
+"""Vocabularies, batches, readers and data modules."""
+
+from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.sources import builtin_files, column, load_rows
+from lightning_modules.data.vocabulary import Vocabulary
+
+__all__ = [
+    "BucketBatchSampler",
+    "Vocabulary",
+    "builtin_files",
+    "column",
+    "lengths",
+    "load_rows",
+    "pad",
+]

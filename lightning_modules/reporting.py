@@ -1,0 +1,68 @@
+"""Pictures and tables of a run: to Weights & Biases, and always as files beside the metrics."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+
+@rank_zero_only
+def log_figure(module: L.LightningModule, key: str, figure: Figure) -> None:
+    """Logs a picture.
+
+    It becomes `media/<key>_<step>.png` under the log folder of each CSVLogger, and a picture in
+    each W&B run.
+
+    Args:
+        module: the module that is being trained or evaluated.
+        key: name with the stage, such as `test/confusion_matrix`.
+        figure: a matplotlib figure, made as `Figure()` and without pyplot, which would keep it
+            alive.
+    """
+    for file in _files(module, key, ".png"):
+        figure.savefig(file, dpi=150, bbox_inches="tight")
+    for logger in _wandb(module):
+        logger.log_image(key, [figure], step=module.global_step)
+
+
+@rank_zero_only
+def log_table(
+    module: L.LightningModule, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Logs a table.
+
+    It becomes `media/<key>_<step>.csv` under the log folder of each CSVLogger, and a table in each
+    W&B run.
+
+    Args:
+        module: the module that is being trained or evaluated.
+        key: name with the stage, such as `val/samples`.
+        columns: names of the columns.
+        rows: cells, strings or numbers, one sequence per row.
+    """
+    for path in _files(module, key, ".csv"):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows)
+    for logger in _wandb(module):
+        logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])
+
+
+def _files(module: L.LightningModule, key: str, suffix: str) -> list[Path]:
+    folders = [
+        Path(lg.log_dir) / "media" for lg in module.trainer.loggers if isinstance(lg, CSVLogger)
+    ]
+    files = [folder / f"{key}_{module.global_step}{suffix}" for folder in folders]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return files
+
+
+def _wandb(module: L.LightningModule) -> list[WandbLogger]:
+    return [logger for logger in module.trainer.loggers if isinstance(logger, WandbLogger)]
