@@ -1,0 +1,269 @@
+"""Greedy and beam search over any model that predicts the next symbol.
+
+Dimensions: B rows to decode, W beam width, N hypotheses returned per row, K symbols, L output
+length. A hypothesis is the symbols after the begin symbol, the end symbol included where it was
+reached. With log-probability s and n symbols its score is ``s / penalty(n)``,
+``penalty(n) = ((5 + n) / 6)^alpha`` (Wu et al., Google's Neural Machine Translation System, 2016,
+equation 14); ``alpha`` 0 leaves s itself. Rows do not see each other: which rows share a batch
+changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Hypotheses", "SearchState", "beam_search", "greedy_search"]
+
+
+class SearchState(Protocol):
+    """What a model carries from one symbol to the next, one entry per row."""
+
+    def select(self, rows: Tensor) -> Self:
+        """Keep, repeat or reorder rows; ``rows`` is int64 [N]."""
+
+
+State = TypeVar("State", bound=SearchState)
+Step = Callable[[Tensor, State], tuple[Tensor, State]]
+"""``step(symbols [N], state) -> (log-probabilities [N, K] of the next symbol, new state)``."""
+
+
+class Hypotheses(NamedTuple):
+    """Search results, the best first.
+
+    Attributes:
+        symbols: int64 [B, N, L], 0 past the length.
+        lengths: int64 [B, N], the end symbol counted; 0 where a row has fewer than N hypotheses.
+        scores: float [B, N], length-normalised log-probabilities; -inf where there is none.
+    """
+
+    symbols: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+    def sequences(self, end: int) -> list[list[list[int]]]:
+        """List the hypotheses of each row without the end symbol.
+
+        Args:
+            end: number of the end symbol.
+        """
+        symbols, lengths = self.symbols.tolist(), self.lengths.tolist()
+        return [
+            [
+                [symbol for symbol in hypothesis[:length] if symbol != end]
+                for hypothesis, length in zip(row, row_lengths, strict=True)
+                if length > 0
+            ]
+            for row, row_lengths in zip(symbols, lengths, strict=True)
+        ]
+
+
+def normalise(totals: Tensor, lengths: Tensor, alpha: float) -> Tensor:
+    """Make log-probabilities of hypotheses of different lengths comparable.
+
+    Args:
+        totals: log-probabilities, any shape.
+        lengths: number of symbols, of a shape that broadcasts to that of ``totals``.
+        alpha: 0 changes nothing; the larger, the better longer hypotheses fare.
+
+    Returns:
+        ``totals / ((5 + lengths) / 6)^alpha``.
+    """
+    return totals / ((5.0 + lengths.to(totals.dtype)) / 6.0) ** alpha
+
+
+@torch.no_grad()
+def greedy_search(
+    step: Step[State], state: State, limits: Tensor, begin: int, end: int, alpha: float = 0.0
+) -> Hypotheses:
+    """Take the most probable symbol at each step, until the end symbol or the limit.
+
+    Rows that are done leave the batch.
+
+    Args:
+        step: the model.
+        state: of the B rows before the first symbol.
+        limits: int64 [B], the most symbols a row may have, the end symbol counted, at least 1.
+        begin: number of the begin symbol.
+        end: number of the end symbol.
+        alpha: exponent of the length penalty, at least 0; it changes the scores only.
+
+    Returns:
+        One hypothesis per row.
+
+    Raises:
+        ValueError: a limit or alpha is out of range.
+    """
+    _check(limits, alpha)
+    size, longest = len(limits), int(limits.max())
+    symbols = torch.zeros(size, longest, dtype=torch.int64, device=limits.device)
+    lengths = torch.zeros_like(limits)
+    totals: Tensor | None = None
+    rows = torch.arange(size, device=limits.device)
+    previous = torch.full_like(rows, begin)
+    for t in range(longest):
+        log_probs, state = step(previous, state)
+        best, previous = log_probs.max(-1)
+        totals = best.new_zeros(size) if totals is None else totals
+        totals[rows] += best
+        symbols[rows, t] = previous
+        lengths[rows] = t + 1
+        going = ((previous != end) & (limits[rows] > t + 1)).nonzero().squeeze(-1)
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):
+            rows, previous, state = rows[going], previous[going], state.select(going)
+    scores = normalise(totals, lengths, alpha)
+    return Hypotheses(symbols[:, None, : int(lengths.max())], lengths[:, None], scores[:, None])
+
+
+class _Beam(NamedTuple):
+    """Live and finished hypotheses of the R rows still searched."""
+
+    rows: Tensor  # [R], their places in the batch
+    totals: Tensor  # [R, W] log-probabilities of the live hypotheses, -inf for an empty place
+    symbols: Tensor  # [R, W, L] live hypotheses
+    done_scores: Tensor  # [R, N] normalised scores of the best finished ones, -inf for none
+    done_symbols: Tensor  # [R, N, L]
+    done_lengths: Tensor  # [R, N]
+
+    def select(self, rows: Tensor) -> _Beam:
+        return _Beam(*(t[rows] for t in self))
+
+
+@torch.no_grad()
+def beam_search(
+    step: Step[State],
+    state: State,
+    limits: Tensor,
+    begin: int,
+    end: int,
+    beam_size: int,
+    n_best: int = 1,
+    alpha: float = 0.0,
+    early_stop: bool = True,
+) -> Hypotheses:
+    """Keep the ``beam_size`` most probable hypotheses at each step.
+
+    At each step all one-symbol extensions of a row's live hypotheses compete, and the best
+    ``beam_size`` are kept. Those that end, by the end symbol or at the row's limit, are finished
+    and compete by score; the others live on. With ``beam_size`` 1 this is greedy search.
+
+    A row stops when nothing that is still alive can enter its ``n_best``. Let s be the
+    log-probability of a live hypothesis, M the row's limit, and let some extension of it finish
+    with log-probability s' after n <= M symbols. Each further symbol adds a log-probability <= 0,
+    so s' <= s <= 0; the penalty is positive and, for alpha >= 0, does not fall with n. Hence::
+
+        s' / penalty(n)  <=  s / penalty(n)  <=  s / penalty(M)
+
+    the first step because s' <= s, the second because s <= 0 is divided by something at least as
+    large. Once the ``n_best`` finished hypotheses all score at least max(s) / penalty(M), going on
+    could not change the result: stopping is exact, not a heuristic.
+
+    Args:
+        step: the model; its log-probabilities must not exceed 0.
+        state: of the B rows before the first symbol.
+        limits: int64 [B], the most symbols a row may have, the end symbol counted, at least 1.
+        begin: number of the begin symbol.
+        end: number of the end symbol.
+        beam_size: W, at least 1.
+        n_best: N, hypotheses to return per row, at most ``beam_size``.
+        alpha: exponent of the length penalty, at least 0.
+        early_stop: False searches every row to its limit, with the same result.
+
+    Returns:
+        The ``n_best`` finished hypotheses of each row.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check(limits, alpha)
+    if not 1 <= n_best <= beam_size:
+        raise ValueError(
+            f"expected 1 <= n_best <= beam_size, got n_best={n_best}, beam_size={beam_size}"
+        )
+    size, longest, device = len(limits), int(limits.max()), limits.device
+    # The first symbol is chosen from a single hypothesis per row; the beam opens after it.
+    log_probs, state = step(torch.full_like(limits, begin), state)
+    beam = _Beam(
+        torch.arange(size, device=device),
+        log_probs.new_zeros(size, 1),
+        torch.zeros(size, 1, longest, dtype=torch.int64, device=device),
+        log_probs.new_full((size, n_best), -torch.inf),
+        torch.zeros(size, n_best, longest, dtype=torch.int64, device=device),
+        torch.zeros(size, n_best, dtype=torch.int64, device=device),
+    )
+    results: list[_Beam] = []
+    for t in range(longest):
+        beam, origins = _extend(beam, log_probs, t, beam_size)
+        beam = _finish(beam, t, limits[beam.rows], end, alpha)
+        going = beam.totals.isfinite().any(-1)
+        if early_stop:
+            bound = normalise(beam.totals.amax(-1), limits[beam.rows], alpha)
+            going &= beam.done_scores[:, -1] < bound
+        kept = going.nonzero().squeeze(-1)
+        if len(kept) < len(beam.rows):
+            results.append(beam.select((~going).nonzero().squeeze(-1)))
+            beam, origins = beam.select(kept), origins[kept]
+        if len(kept) == 0:
+            break
+        previous = beam.symbols[:, :, t].flatten()
+        log_probs, state = step(previous, state.select(origins.flatten()))
+    return _gather(results)
+
+
+def _extend(beam: _Beam, log_probs: Tensor, t: int, width: int) -> tuple[_Beam, Tensor]:
+    """Replace the live hypotheses by their best extensions.
+
+    Returns:
+        The beam, and int64 [R, W], for each extension the row of the state it came from.
+    """
+    rows, live = beam.totals.shape
+    size = log_probs.shape[-1]
+    candidates = (beam.totals[..., None] + log_probs.view(rows, live, size)).flatten(1)
+    totals, places = candidates.topk(min(width, live * size))
+    parents = places // size
+    symbols = beam.symbols.take_along_dim(parents[..., None], 1)
+    symbols[:, :, t] = places % size
+    origins = torch.arange(rows, device=parents.device)[:, None] * live + parents
+    return beam._replace(totals=totals, symbols=symbols), origins
+
+
+def _finish(beam: _Beam, t: int, limits: Tensor, end: int, alpha: float) -> _Beam:
+    """Move hypotheses that ended at step t from the live to the finished ones."""
+    ended = (beam.symbols[:, :, t] == end) | (limits[:, None] == t + 1)
+    lengths = torch.full_like(beam.symbols[:, :, t], t + 1)
+    scores = normalise(beam.totals, lengths, alpha).masked_fill(~ended, -torch.inf)
+    scores = torch.cat([beam.done_scores, scores], 1)
+    scores, order = scores.topk(beam.done_scores.shape[1])
+    symbols = torch.cat([beam.done_symbols, beam.symbols], 1).take_along_dim(order[..., None], 1)
+    lengths = torch.cat([beam.done_lengths, lengths], 1).take_along_dim(order, 1)
+    lengths = lengths.masked_fill(scores.isneginf(), 0)
+    totals = beam.totals.masked_fill(ended, -torch.inf)
+    return beam._replace(
+        totals=totals, done_scores=scores, done_symbols=symbols, done_lengths=lengths
+    )
+
+
+def _gather(results: list[_Beam]) -> Hypotheses:
+    """Put the rows back in their order."""
+    order = torch.cat([r.rows for r in results]).argsort()
+    symbols, lengths, scores = (
+        torch.cat(parts)[order]
+        for parts in zip(
+            *((r.done_symbols, r.done_lengths, r.done_scores) for r in results), strict=True
+        )
+    )
+    symbols = symbols[:, :, : int(lengths.max())]
+    inside = torch.arange(symbols.shape[-1], device=symbols.device) < lengths[..., None]
+    return Hypotheses(symbols.masked_fill(~inside, 0), lengths, scores)
+
+
+def _check(limits: Tensor, alpha: float) -> None:
+    if limits.dim() != 1 or len(limits) == 0 or int(limits.min()) < 1:
+        raise ValueError(f"limits must be [B] numbers of at least 1, got {limits.tolist()}")
+    if alpha < 0:
+        raise ValueError(f"alpha must be at least 0 (the stop rule needs it), got {alpha}")
