@@ -1,11 +1,11 @@
 """The oracle: plain steps of every cell and one time loop, under autograd, in any dtype.
 
-Dimension names: T time steps, B batch rows, I input size, H hidden size, P projected size (H without
-projection), G gates, D directions (2: forward, backward).
+Dimension names: T time steps, B batch rows, I input size, H hidden size, P projected size (H
+without projection), G gates, D directions (2: forward, backward).
 
-Nothing here is fast and nothing optimised imports it. Gate blocks are in torch's order: i f g o for the
-LSTMs, r z n for the GRUs. Superscripts of the equations: x for the input part W_ih x + b_ih, h for the
-recurrent part W_hh h + b_hh.
+Nothing here is fast and nothing optimised imports it. Gate blocks are in torch's order: i f g o for
+the LSTMs, r z n for the GRUs. Superscripts of the equations: x for the input part W_ih x + b_ih, h
+for the recurrent part W_hh h + b_hh.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER_NORM_EPS = 1e-5
 
 State = tuple[Tensor, ...]
 Recur = Callable[[Tensor, int], Tensor]
-"""`recur(h, gate)` -> the recurrent part of one gate block, [B, H], or of all of them with gate -1."""
+"""`recur(h, gate)` -> the recurrent part of one gate block, [B, H], or, for gate -1, of all."""
 
 
 def rnn_tanh(x: Tensor, state: State, recur: Recur, p: Mapping[str, Tensor]) -> State:
@@ -37,7 +37,7 @@ def rnn_relu(x: Tensor, state: State, recur: Recur, p: Mapping[str, Tensor]) -> 
 
 
 def lstm(x: Tensor, state: State, recur: Recur, p: Mapping[str, Tensor]) -> State:
-    """c_t = f c_{t-1} + i g, h_t = o tanh(c_t) (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
+    """c_t = f c_{t-1} + i g, h_t = o tanh(c_t) (Hochreiter & Schmidhuber 1997)."""
     h, c = state
     i, f, g, o = (x + recur(h, -1)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -114,7 +114,11 @@ def input_gates(
 
 
 def _recurrent_product(
-    spec: CellSpec, w_hh: Tensor, b_hh: Tensor | None, params: Mapping[str, Tensor], mask: Tensor | None
+    spec: CellSpec,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    params: Mapping[str, Tensor],
+    mask: Tensor | None,
 ) -> Recur:
     size = w_hh.shape[0] // spec.gates
 
@@ -152,17 +156,19 @@ def recurrence(
     Args:
         cell: name in `CELLS`.
         x: input [T, B, I].
-        w_ih: [D, G*H, I]. w_hh: [D, G*H, P]. Direction 1 runs from each row's last step to its first.
-        b_ih: [D, G*H] or None. b_hh: likewise.
+        w_ih: input matrix [D, G*H, I]; direction 1 runs from each row's last step to its first.
+        w_hh: recurrent matrix [D, G*H, P].
+        b_ih: bias [D, G*H] or None.
+        b_hh: second bias [D, G*H] or None.
         params: extra parameters of the cell, name -> [D, n*H].
         state: initial h [D, B, P] and, for the LSTMs, c [D, B, H].
         w_hr: projection of h, [D, P, H], or None (LSTMs only; Sak et al. 2014).
-        lengths: valid steps of each row, int64 [B], or None for T everywhere. Past its end a row's output
-            is zero and its state is held.
-        recurrent_dropout: probability that the recurrent product does not see a unit of h, drawn once per
-            sequence; kept units are scaled by 1 / (1 - p). Only in training.
-        zoneout: probability that a unit of h or c keeps its old value, drawn at every step; in evaluation
-            the expectation is taken instead.
+        lengths: valid steps of each row, int64 [B], or None for T everywhere. Past its end a row's
+            output is zero and its state is held.
+        recurrent_dropout: probability that the recurrent product does not see a unit of h, drawn
+            once per sequence; kept units are scaled by 1 / (1 - p). Only in training.
+        zoneout: probability that a unit of h or c keeps its old value, drawn at every step; in
+            evaluation the expectation is taken instead.
         training: whether masks are drawn.
         seed: Philox seed of the masks.
 

@@ -1,0 +1,16 @@
+"""Recurrent layers for PyTorch, stacks of them, attention, and a linear-chain CRF."""
+
+import kernels as _kernels
+
+if not hasattr(_kernels, "CellSpec"):
+    raise ImportError(
+        f"fusedrnn needs its own package 'kernels', but {getattr(_kernels, '__file__', None)} is "
+        "another one; Hugging Face's distribution 'kernels' has the same import name and cannot share "
+        "an environment with fusedrnn: uninstall it and reinstall fusedrnn, or use a fresh environment"
+    )
+
+from .recurrent import GRU, LSTM, RNN
+from .stack import RecurrentStack
+
+__version__ = _kernels.__version__
+__all__ = ["GRU", "LSTM", "RNN", "RecurrentStack"]

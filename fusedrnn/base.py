@@ -1,0 +1,284 @@
+"""What LSTM, GRU and RNN share: the parameters and call conventions of `torch.nn.RNNBase`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from kernels import CELLS, recurrence
+from kernels.api import choose_backend, draw_seed, precision, without_autocast
+from kernels.checks import check_backend, check_lengths, check_probability
+from kernels.native import covers, stack
+
+State = tuple[Tensor, ...]
+
+
+class RecurrentBase(nn.RNNBase):
+    """A stack of equal recurrent layers; subclasses choose the cell.
+
+    Parameters, their names, order and initialisation are those of `torch.nn`; the parameters that a
+    cell has beyond them come after, named `<name>_l<layer>` and `<name>_l<layer>_reverse`.
+
+    Args:
+        mode: torch's name of the kind of layer: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        cell: name in `kernels.CELLS`.
+        input_size: size of the last dimension of the input.
+        hidden_size: number of hidden units H.
+        num_layers: number of layers.
+        bias: whether the gates have biases.
+        batch_first: whether input and output are [B, T, *] instead of [T, B, *].
+        dropout: probability that an output of a layer but the last is zeroed, in training.
+        bidirectional: whether a second direction runs from last step to first.
+        proj_size: size P of the projection of h; 0: none.
+        recurrent_dropout: probability in [0, 1) that the recurrent product does not see a unit of
+            h, drawn once per sequence, in training.
+        zoneout: probability in [0, 1) that a unit of h or c keeps its old value at a step; outside
+            training the expectation is taken.
+        backend: "auto", "triton", "torch" or "reference".
+        device: where the parameters are made.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int = 0,
+        *,
+        recurrent_dropout: float,
+        zoneout: float,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        check_probability("recurrent_dropout", recurrent_dropout)
+        check_probability("zoneout", zoneout)
+        check_backend(backend)
+        self.cell = cell
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.zoneout = float(zoneout)
+        self.backend = backend
+        super().__init__(
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        extra = []
+        for index, names in enumerate(self._all_weights):
+            suffix = names[0].removeprefix("weight_ih")
+            for name, multiple in CELLS[cell].parameters.items():
+                empty = torch.empty(multiple * hidden_size, device=device, dtype=dtype)
+                extra.append((name + suffix, nn.Parameter(empty)))
+                self._all_weights[index] = [*self._all_weights[index], extra[-1][0]]
+                self.register_parameter(*extra[-1])
+        self._initialise(extra)
+
+    @property
+    def num_directions(self) -> int:
+        """D: 2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as at construction."""
+        self._initialise(self.named_parameters())
+
+    def _initialise(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        bound = self.hidden_size**-0.5
+        for name, parameter in parameters:
+            if "_ln_" in name:
+                nn.init.constant_(parameter, float(name.startswith("weight")))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing, except for `backend="torch"`: cuDNN wants the weights in one block."""
+        if self.backend == "torch":
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        options = {
+            name: getattr(self, name)
+            for name, default in (("recurrent_dropout", 0.0), ("zoneout", 0.0), ("backend", "auto"))
+            if getattr(self, name) != default
+        }
+        return ", ".join(
+            [super().extra_repr(), *(f"{name}={value!r}" for name, value in options.items())]
+        )
+
+    def _forward(
+        self, x: Tensor | PackedSequence, state: Sequence[Tensor] | None, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Check, bring to the batched form, run, and bring back."""
+        if isinstance(x, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths must be None for a PackedSequence, which carries its own")
+            return self._packed(x, state)
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if x.dim() == 3:
+            if state is not None and any(s.dim() != 3 for s in state):
+                raise RuntimeError("For batched 3-D input, hx should also be 3-D")
+            return self._padded(x, state, lengths)
+        if lengths is not None:
+            raise ValueError("lengths must be None for unbatched input")
+        if state is not None:
+            if any(s.dim() != 2 for s in state):
+                raise RuntimeError("For unbatched 2-D input, hx should also be 2-D")
+            state = [s.unsqueeze(1) for s in state]
+        y, state = self._padded(x.unsqueeze(batch_dim), state, None)
+        return y.squeeze(batch_dim), tuple(s.squeeze(1) for s in state)
+
+    def _initial(self, x: Tensor, batch: int, state: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        count = self.num_layers * self.num_directions
+        shapes = [
+            (count, batch, self.proj_size or self.hidden_size),
+            (count, batch, self.hidden_size),
+        ]
+        shapes = shapes[: len(CELLS[self.cell].states)]
+        if state is None:
+            return [x.new_zeros(shape) for shape in shapes]
+        for name, tensor, shape in zip("hc", state, shapes, strict=True):
+            self.check_hidden_size(
+                tensor, shape, f"Expected hidden[{'hc'.index(name)}] size {{}}, got {{}}"
+            )
+        return state
+
+    def _padded(
+        self, x: Tensor, state: Sequence[Tensor] | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        self.check_input(x, None)
+        batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            check_lengths(lengths, steps, batch, x.device)
+        inside, outside = precision(x)
+        with without_autocast(x):
+            state = [s.to(inside) for s in self._initial(x, batch, state)]
+            run = self._native if self._is_native(x) else self._layers
+            y, state = run(x.to(inside), state, lengths)
+            return y.to(outside), tuple(s.to(outside) for s in state)
+
+    def _packed(
+        self, x: PackedSequence, state: Sequence[Tensor] | None
+    ) -> tuple[PackedSequence, State]:
+        if not self._is_native(x.data):
+            padded, lengths = pad_packed_sequence(x, self.batch_first)
+            y, state = self._padded(padded, state, lengths.to(padded.device))
+            data = pack_padded_sequence(y, lengths, self.batch_first, enforce_sorted=False).data
+            return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), state
+        self.check_input(x.data, x.batch_sizes)
+        inside, outside = precision(x.data)
+        with without_autocast(x.data):
+            state = [s.to(inside) for s in self._initial(x.data, int(x.batch_sizes[0]), state)]
+            y, state = self._native(x._replace(data=x.data.to(inside)), state, None)
+            return y._replace(data=y.data.to(outside)), tuple(s.to(outside) for s in state)
+
+    def _options(self) -> dict[str, float]:
+        return {
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": self.zoneout,
+            "training": self.training,
+        }
+
+    def _is_native(self, x: Tensor) -> bool:
+        return choose_backend(self.backend, x.device) == "torch" and covers(
+            self.cell, **self._options()
+        )
+
+    def _native(
+        self, x: Tensor | PackedSequence, state: Sequence[Tensor], lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """All layers in one call of torch's kernels."""
+        data = x.data if isinstance(x, PackedSequence) else x
+        return stack(
+            self.cell,
+            x,
+            [getattr(self, name).to(data.dtype) for name in self._flat_weights_names],
+            state,
+            layers=self.num_layers,
+            directions=self.num_directions,
+            dropout=self.dropout,
+            training=self.training,
+            batch_first=self.batch_first,
+            lengths=lengths,
+        )
+
+    def _stacked(self, name: str, layer: int, dtype: torch.dtype) -> Tensor:
+        suffixes = ("", "_reverse")[: self.num_directions]
+        return torch.stack(
+            [getattr(self, f"{name}_l{layer}{suffix}").to(dtype) for suffix in suffixes]
+        )
+
+    def _layers(
+        self, x: Tensor, state: Sequence[Tensor], lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Layer after layer through `kernels.recurrence`, with dropout between."""
+        y = x.transpose(0, 1) if self.batch_first else x
+        directions = self.num_directions
+        draws = self.training and (self.recurrent_dropout > 0 or self.zoneout > 0)
+        finals = []
+        for layer in range(self.num_layers):
+            names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if self.bias else 2]
+            weights = [self._stacked(name, layer, x.dtype) for name in names]
+            y, final = recurrence(
+                self.cell,
+                y,
+                *weights,
+                *[None] * (4 - len(weights)),
+                {name: self._stacked(name, layer, x.dtype) for name in CELLS[self.cell].parameters},
+                [s[layer * directions : (layer + 1) * directions] for s in state],
+                w_hr=self._stacked("weight_hr", layer, x.dtype) if self.proj_size else None,
+                lengths=lengths,
+                seed=draw_seed() if draws else 0,
+                backend=self.backend,
+                **self._options(),
+            )
+            finals.append(final)
+            if layer < self.num_layers - 1:
+                y = F.dropout(y, self.dropout, self.training)
+        return (
+            y.transpose(0, 1) if self.batch_first else y,
+            tuple(torch.cat(s) for s in zip(*finals, strict=True)),
+        )
+
+    def _step(self, x_t: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, State]:
+        if self.bidirectional:
+            raise RuntimeError(
+                "a bidirectional layer cannot stream, because its second direction starts at the "
+                "last step: call it on the whole sequence, or use bidirectional=False"
+            )
+        if x_t.dim() not in (1, 2):
+            raise ValueError(
+                f"x_t must have shape [B, {self.input_size}] or [{self.input_size}], "
+                f"got {list(x_t.shape)}"
+            )
+        time = 1 if self.batch_first and x_t.dim() == 2 else 0
+        y, state = self._forward(x_t.unsqueeze(time), state, None)
+        return y.squeeze(time), state

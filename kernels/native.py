@@ -1,0 +1,113 @@
+"""torch's own fused kernels, for the cells that torch has: a whole stack of layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .spec import CELLS
+
+State = tuple[Tensor, ...]
+
+
+def covers(cell: str, *, recurrent_dropout: float, zoneout: float, training: bool) -> bool:
+    """Whether torch's kernels compute `cell` with these options."""
+    return (
+        CELLS[cell].torch_name is not None and not zoneout and not (recurrent_dropout and training)
+    )
+
+
+def stack(
+    cell: str,
+    x: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    *,
+    layers: int = 1,
+    directions: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor | PackedSequence, State]:
+    """Run a stack of equal layers.
+
+    Args:
+        cell: name of a cell with a `torch_name`.
+        x: [T, B, I], or [B, T, I] if `batch_first`, or packed.
+        weights: for each layer, for each direction: w_ih, w_hh, then b_ih and b_hh where there are
+            biases, then w_hr where there is a projection.
+        state: initial h [layers * D, B, P] and, for the LSTM, c [layers * D, B, H], in the batch
+            order of x.
+        layers: number of layers.
+        directions: D.
+        dropout: probability that an output of a layer but the last is zeroed, in training.
+        training: whether dropout acts.
+        batch_first: layout of a padded x.
+        lengths: valid steps of each row, int64 [B], or None. The batch is packed: on a GPU this
+            waits for the lengths, which cuDNN wants on the host.
+
+    Returns:
+        Output in the form of x, and the final states shaped as the initial ones.
+    """
+    if lengths is not None:
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
+        packed, state = stack(
+            cell,
+            packed,
+            weights,
+            state,
+            layers=layers,
+            directions=directions,
+            dropout=dropout,
+            training=training,
+        )
+        steps = x.shape[1 if batch_first else 0]
+        return pad_packed_sequence(packed, batch_first, total_length=steps)[0], state
+    spec = CELLS[cell]
+    run = getattr(torch, spec.torch_name)
+    biases = any(w.dim() == 1 for w in weights[:4])
+    options = (biases, layers, dropout, training, directions == 2)
+    if not isinstance(x, PackedSequence):
+        y, *state = run(x, _hidden(state), weights, *options, batch_first)
+        return y, tuple(state)
+    data, batch_sizes, order, inverse = x
+    if order is not None:
+        state = [s.index_select(1, order) for s in state]
+    y, *state = run(data, batch_sizes, _hidden(state), weights, *options)
+    if inverse is not None:
+        state = [s.index_select(1, inverse) for s in state]
+    return PackedSequence(y, batch_sizes, order, inverse), tuple(state)
+
+
+def _hidden(state: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    return state[0] if len(state) == 1 else list(state)
+
+
+def recurrence(
+    cell: str,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: Mapping[str, Tensor],
+    state: Sequence[Tensor],
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, State]:
+    """One layer; the arguments are those of `reference.recurrence`, of which `covers` must hold."""
+    if b_ih is not None or b_hh is not None:
+        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
+        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
+    given = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+    weights = [w[d] for d in range(w_ih.shape[0]) for w in given]
+    return stack(cell, x, weights, state, directions=w_ih.shape[0], lengths=lengths)
