@@ -195,8 +195,8 @@ class Task(L.LightningModule):
         known = {task.__name__: task for task in _family(cls)}
         task = known.get(header["task"])
         if task is None:
-            expected = " or ".join(sorted(known.keys() - {"Task"})) or cls.__name__
-            raise CheckpointError(f"{path}: holds a {header['task']}, expected {expected}")
+            names = ", ".join(sorted(known.keys() - {"Task"}))
+            raise CheckpointError(f"{path}: holds a {header['task']}, expected one of: {names}")
         model = task(codec=task.codec_class.from_dict(header["codec"]), **header["arguments"])
         model.check(checkpoint, path)
         model.load_state_dict(checkpoint["state_dict"])

@@ -1,0 +1,288 @@
+"""Trains, evaluates and uses models: `python -m fusedrnn.train {fit,validate,test,predict}`."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pydoc import locate
+from typing import Any, NoReturn, TextIO
+
+import jsonargparse
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+import lightning_modules.callbacks
+import lightning_modules.data
+from lightning_modules.base import CheckpointError, Task, read_checkpoint
+from lightning_modules.loggers import RunLogger
+
+CONFIGS = Path(lightning_modules.__file__).parent / "configs"
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 20,
+    "use_distributed_sampler": False,  # BucketBatchSampler deals its batches out by itself
+}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Stores the whole configuration with a training run, and sends it to Weights & Biases."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stores it where there is a run to store it with."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sends it to Weights & Biases."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(config)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with packaged configurations, linked codecs, and checkpoints checked first."""
+
+    checkpoint: dict[str, Any] | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leaves out Lightning's predict, in whose place `predict` reads raw text."""
+        return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses a command line, or the dict that stands for one."""
+        if isinstance(args, dict | jsonargparse.Namespace):
+            self.config = parser.parse_object(args)
+            return
+        try:
+            self.config = parser.parse_args(_find_configs(list(args)))
+        except FileNotFoundError as error:
+            parser.error(str(error))
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links the codec."""
+        parser.link_arguments(
+            "data", "model.init_args.codec", compute_fn=self._codec, apply_on="instantiate"
+        )
+
+    def _codec(self, data: Any) -> Any:
+        """Returns the codec of the data, which is the checkpoint's where there is one."""
+        if self.checkpoint is not None and hasattr(type(data), "codec"):
+            data.codec = self._task().codec_class.from_dict(self.checkpoint["fusedrnn"]["codec"])
+        return getattr(data, "codec", None)
+
+    def _task(self) -> Any:
+        return locate(self.config[self.config.subcommand].model.class_path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Reads the checkpoint before anything is built.
+
+        Lightning would let the settings stored in it override the given ones here.
+        """
+        path = self.config[self.config.subcommand].ckpt_path
+        task = self._task()
+        if path is None or not issubclass(task, Task):
+            return
+        self.checkpoint = read_checkpoint(path)
+        name = self.checkpoint["fusedrnn"]["task"]
+        if name != task.__name__:
+            raise CheckpointError(f"{path}: holds a {name}, not a {task.__name__}")
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and trainer, and refuses data that cannot be read in one line."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            _fail(error)
+
+    def after_instantiate_classes(self) -> None:
+        """Compares model and checkpoint before the data is prepared."""
+        if self.checkpoint is not None:
+            self.model.check(self.checkpoint, self.config[self.config.subcommand].ckpt_path)
+            self.checkpoint = None
+
+
+def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
+    """Runs one command of the command line.
+
+    Args:
+        args: the command and its options, such as `["fit", "--config", "pos"]`; by default those of
+            this process.
+
+    Returns:
+        The CLI, with its `trainer`, `model` and `datamodule`; None after `predict`.
+
+    Raises:
+        SystemExit: with code 2 after a line on stderr, when the input is wrong.
+    """
+    args = sys.argv[1:] if args is None else args
+    _quieten()
+    try:
+        if not isinstance(args, dict) and list(args[:1]) == ["predict"]:
+            return predict(args[1:])
+        cli = CLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=42,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs=_parser_kwargs(),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except CheckpointError as error:
+        _fail(error)
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.close()
+    return cli
+
+
+def predict(args: Sequence[str]) -> None:
+    """Writes the results of a trained model on raw text, one line for each line.
+
+    Args:
+        args: `--ckpt_path X --input FILE|- [--output FILE|-]`, and the options of the task in the
+            checkpoint.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--ckpt_path")
+    peek.add_argument("--task", type=_task_class, default=Task)
+    peeked = peek.parse_known_args(args)[0]
+    task = peeked.task.load_from_checkpoint(peeked.ckpt_path) if peeked.ckpt_path else None
+
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m fusedrnn.train predict",
+        description="Uses a trained model on raw text, one result for each line. Further options "
+        "depend on the model: --ckpt_path FILE --help lists them.",
+    )
+    parser.add_argument(
+        "--ckpt_path", type=str, required=True, help="a checkpoint of a training run"
+    )
+    parser.add_argument("--input", type=str, default="-", help="a text file, or - for stdin")
+    parser.add_argument("--output", type=str, default="-", help="a file, or - for stdout")
+    parser.add_argument("--task", type=str, help="the class, such as my.Task, if it is your own")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    if task is not None:
+        parser.add_method_arguments(type(task), "predict_lines", skip={"lines"})
+    options = vars(parser.parse_args(list(args)))
+    source, target = options.pop("input"), options.pop("output")
+    device = options.pop("device")
+    del options["ckpt_path"], options["task"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        assert task is not None
+        task.to(device)
+        with _reading(source) as lines, _writing(target) as file:
+            for result in task.predict_lines((line.rstrip("\r\n") for line in lines), **options):
+                print(result, file=file, flush=target == "-")
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(error)
+
+
+def _parser_kwargs() -> dict[str, Any]:
+    """Returns what the help says, and a usage line in place of one with every option."""
+    program = "python -m fusedrnn.train"
+    usages = {
+        name: {"usage": f"{program} {name} [--config NAME|FILE] [--OPTION VALUE ...]"}
+        for name in CLI.subcommands()
+    }
+    description = (
+        "Trains and evaluates models; `predict` uses one on raw text. "
+        f"Packaged configurations: {', '.join(packaged_configs())}."
+    )
+    return {"prog": program, "description": description, **usages}
+
+
+def packaged_configs() -> list[str]:
+    """Returns the names that `--config` takes beside files."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def _find_configs(args: list[str]) -> list[str]:
+    """Replaces the bare names of packaged configurations by their files."""
+    found = []
+    for place, arg in enumerate(args):
+        option, equals, name = arg.partition("=")
+        if equals and option in ("--config", "-c"):
+            found.append(f"{option}={_find_config(name)}")
+        elif place > 0 and args[place - 1] in ("--config", "-c"):
+            found.append(_find_config(arg))
+        else:
+            found.append(arg)
+    return found
+
+
+def _find_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    if name in packaged_configs():
+        return str(CONFIGS / f"{name}.yaml")
+    known = ", ".join(packaged_configs())
+    raise FileNotFoundError(f"--config: {name!r} is neither a file nor a packaged one ({known})")
+
+
+def _task_class(path: str) -> Any:
+    task = locate(path)
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise CheckpointError(f"--task: {path!r} is not a subclass of lightning_modules.Task")
+    return task
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[TextIO]:
+    if source == "-":
+        yield sys.stdin
+    else:
+        with open(source, encoding="utf-8", newline="\n") as file:
+            yield file
+
+
+@contextmanager
+def _writing(target: str) -> Iterator[TextIO]:
+    """Yields stdout, or a file that appears under its name only when it is complete."""
+    if target == "-":
+        yield sys.stdout
+        return
+    path = Path(target)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _quieten() -> None:
+    """Silences what Lightning says to every user of a supported setting."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message="[^a-z]*skip_none parameter was deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
