@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from kernels.checks import check_lengths
+
 PREFIXES = {"BIO": "BI", "IOB1": "BI", "BIOES": "BIES"}
 """The prefixes of each tag scheme beside `O`."""
 
@@ -266,13 +268,14 @@ class CRF(nn.Module):
             emissions: [B, T, K], unnormalised scores of each tag; batch first, as everywhere here.
             tags: [B, T] int64; whatever it holds past the end of a row is not looked at.
             lengths: [B] int64 on the device of `emissions`, 1 <= length <= T; None: all T.
-                On an accelerator the values are not checked, since reading them would stall it.
+                An accelerator checks the values by itself, without a stop.
 
         Returns:
             [B] float; -inf where `tags` break the scheme.
 
         Raises:
-            ValueError: shapes, dtypes, devices, lengths or (on a CPU) tags that are not as said.
+            TypeError: `lengths` is not an int64 tensor.
+            ValueError: shapes, devices, lengths or (on a CPU) tags that are not as said.
         """
         emissions, lengths = self._check(emissions, lengths)
         self._check_tags(emissions, tags, lengths)
@@ -296,7 +299,7 @@ class CRF(nn.Module):
             [B] float.
 
         Raises:
-            ValueError: as `log_likelihood`.
+            TypeError, ValueError: as `log_likelihood`.
         """
         emissions, lengths = self._check(emissions, lengths)
         with torch.autocast(emissions.device.type, enabled=False):
@@ -314,7 +317,7 @@ class CRF(nn.Module):
             [B, T, K] float, summing to 1 over tags, zero past the end.
 
         Raises:
-            ValueError: as `log_likelihood`.
+            TypeError, ValueError: as `log_likelihood`.
         """
         emissions, lengths = self._check(emissions, lengths)
         with torch.autocast(emissions.device.type, enabled=False):
@@ -333,7 +336,7 @@ class CRF(nn.Module):
             log-probability of its path.
 
         Raises:
-            ValueError: as `log_likelihood`.
+            TypeError, ValueError: as `log_likelihood`.
         """
         emissions, lengths = self._check(emissions, lengths)
         emissions = emissions.transpose(0, 1)
@@ -402,17 +405,7 @@ class CRF(nn.Module):
         batch, steps, _ = emissions.shape
         if lengths is None:
             lengths = torch.full((batch,), steps, device=emissions.device)
-        if lengths.dtype != torch.int64 or lengths.shape != (batch,):
-            raise ValueError(
-                f"lengths must be int64 [B = {batch}], got {lengths.dtype} {list(lengths.shape)}"
-            )
-        if lengths.device != emissions.device:
-            raise ValueError(
-                f"lengths must be on the device of emissions, {emissions.device}, "
-                f"got {lengths.device}"
-            )
-        if lengths.device.type == "cpu" and bool(((lengths < 1) | (lengths > steps)).any()):
-            raise ValueError(f"lengths must lie in 1..T = {steps}, got {lengths.tolist()}")
+        check_lengths(lengths, steps, batch, emissions.device)
         return emissions.to(torch.promote_types(emissions.dtype, torch.float32)), lengths
 
     def _check_tags(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> None:

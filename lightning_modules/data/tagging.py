@@ -1,0 +1,586 @@
+"""Tagged sentences: their codec, their batches, and where they come from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fusedrnn.crf import PREFIXES
+from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
+from lightning_modules.data.schemes import convert
+from lightning_modules.data.sources import builtin_files, column, load_rows
+from lightning_modules.data.vectors import Vectors, read_vectors
+from lightning_modules.data.vocabulary import Vocabulary
+
+IGNORED = -100
+"""The tag number at padding and of a tag that is not in the training split."""
+
+BUILTIN = "turkish-treebanks"
+
+Scheme = Literal["BIO", "IOB1", "BIOES"]
+
+_TABLES = (".json", ".jsonl", ".parquet")
+
+
+class TaggingBatch(NamedTuple):
+    """Sentences as tensors. The spelling of a word that occurs twice is held once.
+
+    Attributes:
+        words: [B, T] int64, numbers of the words.
+        lengths: [B] int64.
+        characters: [U, L] int64, the characters of the U distinct spellings of the batch.
+        character_lengths: [U] int64.
+        spellings: [B, T] int64, the row of `characters` of each word.
+        tags: [B, T] int64, -100 at padding and at tags that are not in the training split.
+        num_tokens: the sum of `lengths`.
+        tokens: the words themselves, for evaluation; None in training.
+        tag_names: their gold tags as they were read, for evaluation; None where there are none.
+    """
+
+    words: Tensor
+    lengths: Tensor
+    characters: Tensor
+    character_lengths: Tensor
+    spellings: Tensor
+    tags: Tensor
+    num_tokens: int
+    tokens: list[list[str]] | None = None
+    tag_names: list[list[str]] | None = None
+
+
+class TaggingCodec:
+    """Turns sentences into numbers and numbers into tags.
+
+    Words are numbered in this order: special ones, words of the training split from frequent to
+    rare, words that only the pretrained vectors know. A word that is none of them is looked up
+    unnormalised and in lower case before it counts as unknown. Characters are those of the word as
+    it is written.
+
+    Args:
+        words: the words.
+        characters: the characters.
+        tags: the tags that are learnt, without special ones.
+        known_words: how many of `words` are special or in the training split.
+        frequent_words: how many of those are special or occur there more than once.
+        scheme: the scheme that tags are read and written in: None, "BIO" or "BIOES".
+        encoding: the scheme of `tags`.
+        lowercase: whether words are looked up in lower case.
+        digits: whether words are looked up with all digits as 0.
+        max_characters: of a longer word only the head and the tail count, this many together.
+
+    Attributes:
+        vectors: [words, width] float32, pretrained vectors, NaN where a word has none; None
+            without, and after `from_dict`: weights travel with the model.
+    """
+
+    def __init__(
+        self,
+        words: Vocabulary,
+        characters: Vocabulary,
+        tags: Vocabulary,
+        known_words: int,
+        frequent_words: int,
+        scheme: str | None = None,
+        encoding: str | None = None,
+        lowercase: bool = False,
+        digits: bool = False,
+        max_characters: int = 32,
+    ) -> None:
+        self.words, self.characters, self.tags = words, characters, tags
+        self.known_words, self.frequent_words = known_words, frequent_words
+        self.scheme, self.encoding = scheme, encoding
+        self.lowercase, self.digits = lowercase, digits
+        self.max_characters = max_characters
+        self.vectors: Tensor | None = None
+
+    @classmethod
+    def from_sentences(
+        cls,
+        sentences: Iterable[Sentence],
+        scheme: str | None = None,
+        encoding: str | None = None,
+        min_count: int = 1,
+        vectors: Vectors | None = None,
+        lowercase: bool = False,
+        digits: bool = False,
+        max_characters: int = 32,
+    ) -> TaggingCodec:
+        """Build a codec from the training split.
+
+        Args:
+            sentences: the tagged sentences of the training split.
+            scheme: the scheme of their tags: None, "BIO", "IOB1" (written as BIO) or "BIOES".
+            encoding: the scheme to learn; None: the same.
+            min_count: words seen less often are unknown words.
+            vectors: pretrained vectors, if any.
+            lowercase: as in the constructor.
+            digits: as in the constructor.
+            max_characters: as in the constructor.
+        """
+        scheme = "BIO" if scheme == "IOB1" else scheme
+        encoding = scheme if encoding is None else encoding
+        counts: Counter[str] = Counter()
+        characters: Counter[str] = Counter()
+        tags: set[str] = set()
+        for tokens, names in sentences:
+            counts.update(_normalise(token, lowercase, digits) for token in tokens)
+            characters.update(character for token in tokens for character in token)
+            tags.update(names if encoding is None else convert(names, encoding))
+        words = Vocabulary.from_counts(counts, min_count)
+        known = len(words)
+        frequent = sum(word not in counts or counts[word] > 1 for word in words.symbols)
+        if vectors is not None:
+            new = [word for word in vectors.words if word and word not in words]
+            words = Vocabulary([*words.to_list(), *(w for w in new if w not in ("<pad>", "<unk>"))])
+        codec = cls(
+            words,
+            Vocabulary.from_counts(characters),
+            Vocabulary(sorted(tags, key=_tag_order), ()),
+            known,
+            frequent,
+            scheme,
+            encoding,
+            lowercase,
+            digits,
+            max_characters,
+        )
+        if vectors is not None:
+            codec.vectors = codec._match(vectors)
+        return codec
+
+    def _match(self, vectors: Vectors) -> Tensor:
+        """Give each word its vector, or that of its lower case, or NaN."""
+        rows = {word: row for row, word in enumerate(vectors.words)}
+        found = [rows.get(word, rows.get(word.lower(), -1)) for word in self.words.symbols]
+        matched = vectors.table[torch.tensor(found).clamp(min=0)]
+        matched[torch.tensor(found) < 0] = float("nan")
+        return matched
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for a checkpoint."""
+        return {
+            "words": self.words.to_list(),
+            "characters": self.characters.to_list(),
+            "tags": self.tags.to_list(),
+            "known_words": self.known_words,
+            "frequent_words": self.frequent_words,
+            "scheme": self.scheme,
+            "encoding": self.encoding,
+            "lowercase": self.lowercase,
+            "digits": self.digits,
+            "max_characters": self.max_characters,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TaggingCodec:
+        """Restore a codec from what `to_dict` returned."""
+        names = ("words", "characters", "tags")
+        vocabularies = {name: Vocabulary(data[name], ()) for name in names}
+        return cls(**{**data, **vocabularies})
+
+    @property
+    def labels(self) -> list[str]:
+        """The entity types of the tags, in order; empty without a scheme."""
+        kinds = (tag.partition("-")[2] for tag in self.tags.symbols)
+        return [] if self.scheme is None else list(dict.fromkeys(filter(None, kinds)))
+
+    def word(self, token: str) -> int:
+        """Return the number of a word."""
+        for form in (_normalise(token, self.lowercase, self.digits), token, token.lower()):
+            if form in self.words:
+                return self.words.index(form)
+        return self.words.unk or 0
+
+    def spelling(self, token: str) -> list[int]:
+        """Return the numbers of the characters of a word, the middle of a long one left out."""
+        if len(token) > self.max_characters:
+            head = self.max_characters // 2
+            token = token[:head] + token[head - self.max_characters :]
+        return self.characters.encode(token)
+
+    def encode_tags(self, names: Sequence[str]) -> list[int]:
+        """Return the numbers of the tags of a sentence, -100 for one that is not learnt."""
+        names = names if self.encoding is None else convert(names, self.encoding)
+        return [self.tags.index(name, IGNORED) for name in names]
+
+    def decode_tags(self, numbers: Sequence[int]) -> list[str]:
+        """Return the tags of a sentence, in `scheme`."""
+        names = self.tags.decode(numbers)
+        return names if self.scheme in (None, self.encoding) else convert(names, str(self.scheme))
+
+    def encode(self, sentence: Sentence, training: bool = False) -> Row:
+        """Encode a tagged sentence.
+
+        Args:
+            sentence: tokens and tags.
+            training: whether to leave out the tags' names, which only evaluation looks at.
+        """
+        tags = self.encode_tags(sentence.tags)
+        words = [self.word(token) for token in sentence.tokens]
+        return Row(words, sentence.tokens, tags, None if training else sentence.tags)
+
+    def untagged(self, tokens: list[str]) -> Row:
+        """Encode a sentence whose tags are to be found."""
+        return Row([self.word(token) for token in tokens], tokens, [IGNORED] * len(tokens), None)
+
+    def batch(self, rows: Sequence[Row]) -> TaggingBatch:
+        """Make a batch of encoded sentences, each of at least one word."""
+        distinct: dict[str, int] = {}
+        spellings = [
+            [distinct.setdefault(token, len(distinct)) for token in row.tokens] for row in rows
+        ]
+        characters = [self.spelling(token) for token in distinct]
+        evaluated = rows[0].tag_names is not None
+        sizes = lengths([row.words for row in rows])
+        return TaggingBatch(
+            words=pad([row.words for row in rows]),
+            lengths=sizes,
+            characters=pad(characters),
+            character_lengths=lengths(characters),
+            spellings=pad(spellings),
+            tags=pad([row.tags for row in rows], IGNORED),
+            num_tokens=int(sizes.sum()),
+            tokens=[row.tokens for row in rows] if evaluated else None,
+            tag_names=[row.tag_names or [] for row in rows] if evaluated else None,
+        )
+
+
+class Row(NamedTuple):
+    """An encoded sentence."""
+
+    words: list[int]
+    tokens: list[str]
+    tags: list[int]
+    tag_names: list[str] | None
+
+
+class TaggingData(L.LightningDataModule):
+    r"""Tagged sentences to learn from, from files, the hub, or the built-in treebank.
+
+    Give either files, or a `dataset`:
+
+    * CoNLL-U files (`.conllu`): `train="train.conllu"`, `tag_column="upos"`;
+    * tables with a list of tokens and a list of tags in each row (`.json`, `.jsonl`, `.parquet`):
+      `token_column="tokens"`, `tag_column="ner_tags"`;
+    * any other file is CoNLL columns: `token_column=0`, `tag_column=-1`;
+    * a dataset of the Hugging Face hub, where `train`, `val` and `test` are its splits:
+      `dataset="lhoestq/conll2003"`, `tag_column="ner_tags"`; tags may be strings or class labels;
+    * `dataset="turkish-treebanks"`: the Turkish web and Wikipedia treebanks that the extra
+      `fusedrnn[data]` installs, in their own split: of ten sentences of a section the first eight
+      are for training, the ninth for validation, the tenth for testing. Its tags are not those of
+      Universal Dependencies, and its tokens are inflectional groups.
+
+    The vocabulary comes from the training split alone, and from the pretrained vectors.
+
+    Args:
+        train: file, or split of the dataset (default `train`).
+        val: the same, for validation (default `validation`).
+        test: the same, for testing (default `test`).
+        dataset: `turkish-treebanks` or the name of a dataset on the hub.
+        config: configuration of a dataset on the hub.
+        token_column: name, or in CoNLL columns the index, of the column of tokens (default
+            `tokens`, 0). CoNLL-U has but one.
+        tag_column: name or index of the column of tags (default `tags`, -1, or for CoNLL-U `upos`;
+            there also `feats:KEY`).
+        delimiter: of CoNLL columns: "\t", or " " for runs of spaces and tabs; None: a tab if the
+            first line has one.
+        scheme: the scheme of tags that mark entities: BIO, IOB1 (also of files with I- alone) or
+            BIOES. None: tags are single labels, as parts of speech are.
+        encoding: the scheme to learn, BIO or BIOES; None: `scheme`. Results are in `scheme` again.
+        vectors: pretrained word vectors, a text file in the format of GloVe or fastText.
+        max_vectors: how many of them to read; None: all.
+        lowercase: whether words are looked up in lower case (characters keep theirs).
+        digits: whether words are looked up with all digits as 0.
+        min_count: rarer words become unknown words.
+        max_characters: of a longer word only the head and the tail count.
+        max_length: training sentences of more words than this are left out.
+        batch_size: most sentences in a batch.
+        max_tokens: most words in a batch, padding counted.
+        seed: of the order of the batches.
+        num_workers: processes that collate batches.
+
+    Raises:
+        FileNotFoundError: a file or the dataset does not exist.
+        ValueError: arguments that exclude each other, a wrong column, a ragged line, a tag outside
+            the scheme, an empty split; the message names the file and line.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        dataset: str | None = None,
+        config: str | None = None,
+        token_column: int | str | None = None,
+        tag_column: int | str | None = None,
+        delimiter: str | None = None,
+        scheme: Scheme | None = None,
+        encoding: Literal["BIO", "BIOES"] | None = None,
+        vectors: str | None = None,
+        max_vectors: int | None = None,
+        lowercase: bool = False,
+        digits: bool = False,
+        min_count: int = 1,
+        max_characters: int = 32,
+        max_length: int | None = None,
+        batch_size: int | None = 16,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train is None and dataset is None:
+            raise ValueError("train, dataset: expected one of them")
+        if dataset == BUILTIN and any(part is not None for part in (train, val, test)):
+            raise ValueError(
+                f"dataset: {BUILTIN} has its own splits; leave out train, val and test"
+            )
+        if scheme is not None and scheme not in PREFIXES:
+            raise ValueError(f"scheme: expected one of {', '.join(PREFIXES)} or None, got {scheme}")
+        if encoding is not None and (scheme is None or encoding not in ("BIO", "BIOES")):
+            raise ValueError(f"encoding: expected BIO or BIOES and a scheme, got {encoding}")
+        for name, value in (("min_count", min_count), ("max_characters", max_characters)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if batch_size is None and max_tokens is None:
+            raise ValueError("batch_size, max_tokens: expected at least one of them")
+        self.dataset, self.config = dataset, config
+        self.token_column, self.tag_column, self.delimiter = token_column, tag_column, delimiter
+        self.scheme = scheme
+        self.vectors, self.max_vectors = vectors, max_vectors
+        self.max_length = max_length
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.seed, self.num_workers = seed, num_workers
+        self._codec_options = {
+            "encoding": encoding,
+            "min_count": min_count,
+            "lowercase": lowercase,
+            "digits": digits,
+            "max_characters": max_characters,
+        }
+        self._places = {"train": train, "val": val, "test": test}
+        if dataset is not None and dataset != BUILTIN:
+            names = {"train": "train", "val": "validation", "test": "test"}
+            self._places = {split: self._places[split] or name for split, name in names.items()}
+        self._sentences: dict[str, list[Sentence]] = {}
+        self._rows: dict[str, list[Row]] = {}
+
+    @cached_property
+    def codec(self) -> TaggingCodec:
+        """The codec, built from the training split when first asked for."""
+        vectors = None
+        if self.vectors is not None:
+            vectors = read_vectors(self.vectors, self.max_vectors)
+        codec = TaggingCodec.from_sentences(
+            self.sentences("train"), self.scheme, vectors=vectors, **self._codec_options
+        )
+        if codec.vectors is not None:
+            has = ~codec.vectors[2 : codec.known_words].isnan().any(1)
+            rank_zero_info(
+                f"{self.vectors}: vectors for {int(has.sum())} of {len(has)} words of the training "
+                f"split, and for {len(codec.words) - codec.known_words} others"
+            )
+        return codec
+
+    def sentences(self, split: str) -> list[Sentence]:
+        """Return the sentences of a split as they were read.
+
+        Args:
+            split: `train`, `val` or `test`.
+
+        Raises:
+            ValueError: there is no such split, or it is empty.
+        """
+        if split not in self._sentences:
+            if self.dataset == BUILTIN:
+                self._sentences.update(read_builtin(str(self.tag_column or "upos")))
+            elif self._places[split] is None:
+                raise ValueError(f"{split}: no such split was given")
+            else:
+                self._sentences[split] = self._read(str(self._places[split]))
+        return self._sentences[split]
+
+    def _read(self, place: str) -> list[Sentence]:
+        suffix = Path(place).suffix.lower()
+        if self.dataset is not None or suffix in _TABLES:
+            source = place if self.dataset is None else self.dataset
+            split = "train" if self.dataset is None else place
+            columns = _named(self.token_column, "tokens"), _named(self.tag_column, "tags")
+            return read_table(source, split, self.config, columns, self.scheme)
+        if suffix == ".conllu":
+            if self.token_column not in (None, "form"):
+                raise ValueError(f"token_column: CoNLL-U has form, got {self.token_column!r}")
+            return read_conllu(place, _named(self.tag_column, "upos"), self.scheme)
+        token, tag = _index(self.token_column, 0, place), _index(self.tag_column, -1, place)
+        return read_columns(place, token, tag, self.delimiter, self.scheme)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode the splits that a stage needs."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in wanted.get(stage or "", ()):
+            if split not in self._rows:
+                sentences = self.sentences(split)
+                if split == "train":
+                    sentences = self._short(sentences)
+                codec, training = self.codec, split == "train"
+                self._rows[split] = [codec.encode(sentence, training) for sentence in sentences]
+
+    def _short(self, sentences: list[Sentence]) -> list[Sentence]:
+        if self.max_length is None:
+            return sentences
+        kept = [s for s in sentences if len(s.tokens) <= self.max_length]
+        rank_zero_info(
+            f"{len(sentences) - len(kept)} sentences longer than {self.max_length} words left out"
+        )
+        if not kept:
+            raise ValueError(f"max_length: no training sentence is as short as {self.max_length}")
+        return kept
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
+        rows = self._rows[split]
+        sampler = BucketBatchSampler(
+            [len(row.words) for row in rows],
+            self.batch_size,
+            self.max_tokens,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.codec.batch,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training split, reshuffled each epoch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test split."""
+        return self._loader("test")
+
+
+def read_builtin(tag_column: str = "upos") -> dict[str, list[Sentence]]:
+    """Read the installed Turkish treebanks, without importing their package, in their own split.
+
+    Args:
+        tag_column: the column of the tags, as for `read_conllu`.
+
+    Returns:
+        The sentences of `train`, `val` and `test`.
+
+    Raises:
+        FileNotFoundError: the treebanks are not installed.
+    """
+    parts: dict[str, list[Sentence]] = {"train": [], "val": [], "test": []}
+    for path in builtin_files(BUILTIN, ".conllu"):
+        for number, sentence in enumerate(read_conllu(path, tag_column)):
+            split = {8: "val", 9: "test"}.get(number % 10, "train")
+            parts[split].append(sentence)
+    return parts
+
+
+def read_table(
+    source: str,
+    split: str,
+    config: str | None,
+    columns: tuple[str, str],
+    scheme: str | None = None,
+) -> list[Sentence]:
+    """Read rows that hold a list of tokens and a list of tags, from a file or the hub.
+
+    Args:
+        source: file or name, as for `load_rows`.
+        split: split of a dataset on the hub.
+        config: configuration of a dataset on the hub.
+        columns: names of the columns of tokens and of tags; dotted for nested ones. Tags are
+            strings, class labels, or numbers, which become strings.
+        scheme: the tag scheme to check against, if any.
+
+    Raises:
+        FileNotFoundError: there is no such file or dataset.
+        ValueError: a wrong column, a row that does not hold two lists of the same length, a token
+            that is not text, or a tag outside the scheme, with its row; no sentence.
+    """
+    rows = load_rows(source, split, config)
+    all_tokens, all_tags = (column(rows, name, source) for name in columns)
+    names = _class_names(rows, columns[1])
+    sentences = []
+    for number, (tokens, tags) in enumerate(zip(all_tokens, all_tags, strict=True), start=1):
+        place = f"{source}: row {number}"
+        for name, cells in zip(columns, (tokens, tags), strict=True):
+            if not isinstance(cells, list):
+                raise ValueError(f"{place}: expected a list in column {name!r}, got {cells!r}")
+        if len(tokens) != len(tags):
+            raise ValueError(
+                f"{place}: expected as many tags as tokens, {len(tokens)}, got {len(tags)}"
+            )
+        for token in tokens:
+            if not isinstance(token, str) or not token:
+                raise ValueError(f"{place}: expected text in column {columns[0]!r}, got {token!r}")
+        labels = [_label(tag, names, place) for tag in tags]
+        for label in labels:
+            check_tag(label, scheme, place)
+        if tokens:
+            sentences.append(Sentence(tokens, labels))
+    if not sentences:
+        raise ValueError(f"{source}: expected at least one sentence in split {split!r}, got none")
+    return sentences
+
+
+def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
+    """Return the names of class labels in a column of lists, if that is what it holds."""
+    feature: Any = rows.features
+    for part in [name] if name in rows.features else name.split("."):
+        feature = feature[part]
+    feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _label(tag: object, names: list[str] | None, place: str) -> str:
+    if names is None and isinstance(tag, str | int):
+        return str(tag)
+    if names is not None and isinstance(tag, int) and 0 <= tag < len(names):
+        return names[tag]
+    raise ValueError(f"{place}: expected a tag, got {tag!r}")
+
+
+def _normalise(token: str, lowercase: bool, digits: bool) -> str:
+    token = token.lower() if lowercase else token
+    return re.sub(r"\d", "0", token) if digits else token
+
+
+def _tag_order(tag: str) -> tuple[bool, str, str]:
+    """O first, then by entity type; tags without types by name."""
+    prefix, _, kind = tag.partition("-")
+    return tag != "O", kind, prefix
+
+
+def _named(value: int | str | None, default: str) -> str:
+    return default if value is None else str(value)
+
+
+def _index(value: int | str | None, default: int, place: str) -> int:
+    try:
+        return default if value is None else int(value)
+    except ValueError:
+        raise ValueError(f"{place}: CoNLL columns go by index, got column {value!r}") from None

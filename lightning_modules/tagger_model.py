@@ -1,0 +1,279 @@
+"""The tagger's network, apart from Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedrnn import LSTM, RecurrentStack
+from fusedrnn.crf import CRF, PADDING
+
+Head = Literal["crf", "softmax"]
+
+
+class WordEmbedding(nn.Module):
+    """Vectors of words: trained ones, and fixed ones of words that only a vector file knows.
+
+    The fixed vectors are apart, so that training does not pay for them.
+
+    Args:
+        num_words: words with a trained vector, numbered from 0 (padding, which stays zero).
+        num_fixed: words numbered after those.
+        size: width of the vectors.
+        vectors: [num_words + num_fixed, size], initial vectors, NaN rows for none; those without
+            are drawn from U(-sqrt(3 / size), sqrt(3 / size)).
+        freeze: whether the words of `vectors` keep their vectors.
+    """
+
+    fixed: Tensor
+    frozen: Tensor
+
+    def __init__(
+        self,
+        num_words: int,
+        num_fixed: int,
+        size: int,
+        vectors: Tensor | None = None,
+        freeze: bool = False,
+    ) -> None:
+        super().__init__()
+        bound = math.sqrt(3 / size)
+        table = torch.empty(num_words + num_fixed, size).uniform_(-bound, bound)
+        given = torch.zeros(len(table), dtype=torch.bool)
+        if vectors is not None:
+            given = ~vectors.isnan().any(1)
+            table = torch.where(given[:, None], vectors, table)
+        table[0] = 0
+        self.words = nn.Parameter(table[:num_words].clone())
+        self.register_buffer("fixed", table[num_words:].clone())
+        self.register_buffer("frozen", given[:num_words] & freeze)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Look up words: int64 [*] to [*, size]."""
+        own = numbers.clamp(max=len(self.words) - 1)
+        found = F.embedding(own, self.words, padding_idx=0)
+        found = torch.where(self.frozen[own][..., None], found.detach(), found)
+        if len(self.fixed) == 0:
+            return found
+        fixed = F.embedding((numbers - len(self.words)).clamp(min=0), self.fixed)
+        return torch.where((numbers >= len(self.words))[..., None], fixed, found)
+
+
+class CharacterEncoder(nn.Module):
+    """A bidirectional LSTM over the characters of words; its two final states represent the word.
+
+    Ling et al. 2015; Lample et al. 2016.
+
+    Args:
+        num_characters: characters, 0 being padding.
+        size: width of their vectors.
+        hidden_size: hidden units of each direction.
+        dropout: probability that an element of the characters' vectors is zeroed, in training.
+    """
+
+    def __init__(
+        self, num_characters: int, size: int, hidden_size: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_characters, size, padding_idx=0)
+        bound = math.sqrt(3 / size)
+        nn.init.uniform_(self.embedding.weight[1:], -bound, bound)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = LSTM(size, hidden_size, batch_first=True, bidirectional=True)
+        self.output_size = 2 * hidden_size
+
+    def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
+        """Encode U words: characters [U, L] int64 and lengths [U] to [U, 2 * hidden_size]."""
+        embedded = self.dropout(self.embedding(characters))
+        _, (hidden, _) = self.lstm(embedded, lengths=lengths)
+        return hidden.transpose(0, 1).flatten(1)
+
+
+class TaggerModel(nn.Module):
+    """Words and their characters -> recurrent stack -> a score for each tag -> softmax or CRF.
+
+    Huang et al. 2015; Lample et al. 2016; Ma and Hovy 2016.
+
+    Args:
+        num_words: words with a trained vector; 0 is padding and 1 the unknown word.
+        num_fixed: words with a fixed vector, numbered after those.
+        num_characters: characters, 0 being padding.
+        tags: the names of the K tags.
+        scheme: the scheme of `tags` that the CRF keeps to, or None.
+        first_rare: the words from this number on, up to `num_words`, occur once in training.
+        word_size: width of the word vectors.
+        character_size: width of the character vectors.
+        character_hidden_size: hidden units of the character LSTM, each direction; 0: no characters.
+        hidden_sizes: hidden units of each layer of the stack, each direction.
+        cell: the cell of the stack, a name in `kernels.CELLS` or "lstm", "gru", "rnn".
+        dropout: of the stack's input, between its layers and of its output.
+        recurrent_dropout: of the stack's recurrent products.
+        character_dropout: of the character vectors.
+        unk_probability: how often a rare word is taken for the unknown word, in training.
+        residual: whether a layer of the stack above the first adds its input to its output.
+        layer_norm: whether the input of those layers is normalised.
+        head: "crf" or "softmax".
+        vectors: pretrained word vectors, as for `WordEmbedding`.
+        freeze_vectors: whether they stay as they are.
+
+    Raises:
+        ValueError: a size that is not positive, a probability outside [0, 1), an unknown head or
+            cell, no tags, tags outside the scheme.
+    """
+
+    def __init__(
+        self,
+        num_words: int,
+        num_fixed: int,
+        num_characters: int,
+        tags: Sequence[str],
+        scheme: str | None = None,
+        first_rare: int | None = None,
+        word_size: int = 100,
+        character_size: int = 30,
+        character_hidden_size: int = 50,
+        hidden_sizes: Sequence[int] = (200,),
+        cell: str = "lstm",
+        dropout: float = 0.5,
+        recurrent_dropout: float = 0.0,
+        character_dropout: float = 0.0,
+        unk_probability: float = 0.0,
+        residual: bool = False,
+        layer_norm: bool = False,
+        head: Head = "crf",
+        vectors: Tensor | None = None,
+        freeze_vectors: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, sizes in (
+            ("word_size", [word_size]),
+            ("character_size", [character_size]),
+            ("hidden_sizes", list(hidden_sizes)),
+        ):
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name}: expected positive numbers, got {sizes}")
+        if character_hidden_size < 0:
+            raise ValueError(
+                f"character_hidden_size: expected 0 or more, got {character_hidden_size}"
+            )
+        for name, value in (
+            ("dropout", dropout),
+            ("character_dropout", character_dropout),
+            ("unk_probability", unk_probability),
+        ):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        if head not in ("crf", "softmax"):
+            raise ValueError(f"head: expected crf or softmax, got {head!r}")
+        if not tags:
+            raise ValueError("tags: expected at least one")
+        if vectors is not None and vectors.shape[1] != word_size:
+            raise ValueError(
+                f"word_size: expected {vectors.shape[1]}, the width of the pretrained vectors, "
+                f"got {word_size}"
+            )
+        self.words = WordEmbedding(num_words, num_fixed, word_size, vectors, freeze_vectors)
+        self.characters = None
+        width = word_size
+        if character_hidden_size:
+            self.characters = CharacterEncoder(
+                num_characters, character_size, character_hidden_size, character_dropout
+            )
+            width += self.characters.output_size
+        self.dropout = nn.Dropout(dropout)
+        self.stack = RecurrentStack(
+            width,
+            hidden_sizes,
+            cell=cell,
+            bidirectional=True,
+            dropout=dropout,
+            residual=residual,
+            layer_norm=layer_norm,
+            batch_first=True,
+            recurrent_dropout=recurrent_dropout,
+        )
+        self.emission = nn.Linear(self.stack.output_size, len(tags))
+        self.crf = CRF(len(tags), tags, scheme) if head == "crf" else None
+        self.rare = range(num_words if first_rare is None else first_rare, num_words)
+        self.unk_probability = unk_probability
+
+    def forward(
+        self,
+        words: Tensor,
+        lengths: Tensor,
+        characters: Tensor,
+        character_lengths: Tensor,
+        spellings: Tensor,
+    ) -> Tensor:
+        """Score the tags of each word.
+
+        Args:
+            words: [B, T] int64, numbers of the words.
+            lengths: [B] int64.
+            characters: [U, L] int64, of the distinct spellings.
+            character_lengths: [U] int64.
+            spellings: [B, T] int64, the row of `characters` of each word.
+
+        Returns:
+            Emissions [B, T, K].
+        """
+        features = [self.words(self._forget(words))]
+        if self.characters is not None:
+            spelt = self.characters(characters, character_lengths)
+            features.append(F.embedding(spellings, spelt))
+        features, _ = self.stack(self.dropout(torch.cat(features, -1)), lengths=lengths)
+        return self.emission(self.dropout(features))
+
+    def loss(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the negative log-likelihood of the gold tags, in nats.
+
+        Tags below 0 are unknown to the model and have no likelihood: the softmax leaves out the
+        word, the CRF the sentence.
+
+        Args:
+            emissions: [B, T, K].
+            tags: [B, T] int64.
+            lengths: [B] int64.
+
+        Returns:
+            The sum and the number of words it is over.
+        """
+        valid = torch.arange(tags.shape[1], device=tags.device) < lengths[:, None]
+        if self.crf is None:
+            counted = valid & (tags >= 0)
+            gold = torch.where(counted, tags, -100)
+            total = F.cross_entropy(
+                emissions.flatten(0, 1).float(), gold.flatten(), reduction="sum"
+            )
+            return total, counted.sum()
+        counted = ((tags >= 0) | ~valid).all(1)
+        likelihood = self.crf.log_likelihood(emissions, tags.clamp(min=0), lengths)
+        return -torch.where(counted, likelihood, 0).sum(), (counted * lengths).sum()
+
+    def decode(self, emissions: Tensor, lengths: Tensor) -> Tensor:
+        """Find the best tags.
+
+        Args:
+            emissions: [B, T, K].
+            lengths: [B] int64.
+
+        Returns:
+            [B, T] int64, -1 past the end.
+        """
+        if self.crf is not None:
+            return self.crf.decode(emissions, lengths)[0]
+        steps = torch.arange(emissions.shape[1], device=emissions.device)
+        return emissions.argmax(-1).masked_fill(steps >= lengths[:, None], PADDING)
+
+    def _forget(self, words: Tensor) -> Tensor:
+        """Take some rare words for the unknown word, so that its vector is learnt."""
+        if not self.training or not self.unk_probability:
+            return words
+        rare = (words >= self.rare.start) & (words < self.rare.stop)
+        drawn = torch.rand(words.shape, device=words.device) < self.unk_probability
+        return torch.where(rare & drawn, 1, words)
