@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, torch_loop
 from .checks import check_backend, check_layer, check_lengths, check_probability
 from .spec import CELLS
 
@@ -58,7 +58,7 @@ def _implementation(
     backend: str, cell: str, **options: float
 ) -> Callable[..., tuple[Tensor, State]]:
     if backend == "torch":
-        return native.recurrence if native.covers(cell, **options) else reference.recurrence
+        return native.recurrence if native.covers(cell, **options) else torch_loop.recurrence
     if backend == "reference":
         return reference.recurrence
     if importlib.util.find_spec("triton") is None:

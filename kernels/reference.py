@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .philox import recurrent_mask, zoneout_masks
-from .spec import CELLS, CellSpec
+from .spec import CELLS, LAYER_NORM_EPS, CellSpec
 
-LAYER_NORM_EPS = 1e-5
 
 State = tuple[Tensor, ...]
 Recur = Callable[[Tensor, int], Tensor]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LAYER_NORM_EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class CellSpec:
@@ -38,7 +40,7 @@ CELLS: dict[str, CellSpec] = {
             4,
             ("h", "c"),
             {"weight_ln_ih": 4, "weight_ln_hh": 4, "weight_ln_c": 1, "bias_ln_c": 1},
-            exchanges=2,
+            exchanges=3,
         ),
         CellSpec("gru", 3, ("h",), torch_name="gru"),
         CellSpec("gru_reset_before", 3, ("h",), exchanges=2),

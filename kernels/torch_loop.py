@@ -1,0 +1,539 @@
+"""Every cell in plain torch operations, the backward through time written out: the CPU path.
+
+The time loop is written once; a cell is a pair of functions, a step and its gradient, that fill buffers in
+place. Matrix products that need no order in time (the input's, and those of all weight gradients)
+are outside the loop. Rows are sorted by length, so that a step works on the first n rows, those that are
+that long, and padding costs nothing.
+
+Buffers of states have T + 1 slots in the order of time: the step at t reads slot t and writes slot
+t + 1, or in the reverse direction reads t + 1 and writes t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .philox import recurrent_mask, zoneout_masks
+from .spec import CELLS, LAYER_NORM_EPS
+
+State = tuple[Tensor, ...]
+
+
+class Weights(NamedTuple):
+    """What the steps of one direction multiply with.
+
+    Attributes:
+        hh: recurrent matrix [G*H, P].
+        hn: bias inside the reset gate of the reset-after GRU, [H], or None.
+        params: extra parameters of the cell, in the order of its spec, each [n*H].
+    """
+
+    hh: Tensor
+    hn: Tensor | None
+    params: Sequence[Tensor]
+
+
+class Saved(NamedTuple):
+    """What the gradient of a step reads, at one time or at all times.
+
+    Attributes:
+        gates: activated gates [..., G*H].
+        apart: the recurrent part that the cell keeps apart from the gates, [..., n*H].
+        seen: h_{t-1} as the recurrent product sees it, [..., P].
+        prev: the states at t - 1.
+    """
+
+    gates: Tensor
+    apart: Tensor
+    seen: Tensor
+    prev: State
+
+
+def _tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad * (1 - y^2)."""
+    return torch.addcmul(grad, grad * y, y, value=-1, out=out)
+
+
+def _rnn_tanh(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
+    new[0].copy_(z.addmm_(seen, w.hh.t()).tanh_())
+
+
+def _rnn_tanh_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    return _tanh_grad(dh, s.gates, out=dz) @ w.hh, None
+
+
+def _rnn_relu(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
+    new[0].copy_(z.addmm_(seen, w.hh.t()).relu_())
+
+
+def _rnn_relu_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    return torch.mul(dh, s.gates > 0, out=dz) @ w.hh, None
+
+
+def _update_cell(z: Tensor, c_prev: Tensor, out: Tensor) -> Tensor:
+    """c_t = f c_{t-1} + i g, activating i, f and g."""
+    i, f, g, _ = z.chunk(4, 1)
+    z[:, : 2 * c_prev.shape[1]].sigmoid_()
+    g.tanh_()
+    return torch.mul(f, c_prev, out=out).addcmul_(i, g)
+
+
+def _gates_grad(dz: Tensor, dc: Tensor, s: Saved) -> None:
+    """From dc_t: di, df and dg, where dz holds z - z^2 on entry, and dc_{t-1} in place of dc_t."""
+    i, f, g, _ = s.gates.chunk(4, 1)
+    di, df, dg, _ = dz.chunk(4, 1)
+    di.mul_(g).mul_(dc)
+    df.mul_(s.prev[1]).mul_(dc)
+    _tanh_grad(dc * i, g, out=dg)
+    dc.mul_(f)
+
+
+def _lstm(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
+    i, f, _, o = z.addmm_(seen, w.hh.t()).chunk(4, 1)
+    if w.params:
+        i.addcmul_(prev[1], w.params[0])
+        f.addcmul_(prev[1], w.params[1])
+    c = _update_cell(z, prev[1], out=new[1])
+    if w.params:
+        o.addcmul_(c, w.params[2])
+    torch.mul(o.sigmoid_(), torch.tanh(c), out=new[0])
+
+
+def _lstm_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    i, f, g, o = s.gates.chunk(4, 1)
+    di, df, _, do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=dz).chunk(4, 1)
+    tanh_c = (f * s.prev[1]).addcmul_(i, g).tanh_()
+    do.mul_(tanh_c).mul_(dh)
+    dc.add_(_tanh_grad(dh * o, tanh_c))
+    if w.params:
+        dc.addcmul_(do, w.params[2])
+    _gates_grad(dz, dc, s)
+    if w.params:
+        dc.addcmul_(di, w.params[0]).addcmul_(df, w.params[1])
+    return dz @ w.hh, None
+
+
+def _layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS)
+
+
+def _layer_norm_grad(
+    grad: Tensor, x: Tensor, gain: Tensor, bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, mean, rstd = _layer_norm(x, gain, bias)
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(grad, x, x.shape[-1:], mean, rstd, gain, bias, wanted)
+
+
+def _lstm_layernorm(
+    z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights
+) -> None:
+    _, ln_hh, ln_c, ln_c_bias = w.params
+    recurrent, cell = apart.split((z.shape[1], prev[1].shape[1]), 1)
+    torch.mm(seen, w.hh.t(), out=recurrent)
+    z.add_(_layer_norm(recurrent, ln_hh)[0])
+    cell.copy_(_update_cell(z, prev[1], out=new[1]))
+    o = z.chunk(4, 1)[3].sigmoid_()
+    torch.mul(o, torch.tanh(_layer_norm(cell, ln_c, ln_c_bias)[0]), out=new[0])
+
+
+def _lstm_layernorm_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    _, ln_hh, ln_c, ln_c_bias = w.params
+    sizes = (dz.shape[1], dc.shape[1])
+    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, 1), dapart.split(sizes, 1)
+    o = s.gates.chunk(4, 1)[3]
+    do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=dz).chunk(4, 1)[3]
+    tanh_c = torch.tanh(_layer_norm(cell, ln_c, ln_c_bias)[0])
+    do.mul_(tanh_c).mul_(dh)
+    _tanh_grad(dh * o, tanh_c, out=dnormed)
+    dc.add_(_layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (True, False, False))[0])
+    _gates_grad(dz, dc, s)
+    drecurrent.copy_(_layer_norm_grad(dz, recurrent, ln_hh, None, (True, False, False))[0])
+    return drecurrent @ w.hh, None
+
+
+def _gru(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
+    size = apart.shape[1]
+    r, update, n = z.chunk(3, 1)
+    z[:, : 2 * size].addmm_(seen, w.hh[: 2 * size].t()).sigmoid_()
+    torch.mm(seen, w.hh[2 * size :].t(), out=apart)
+    if w.hn is not None:
+        apart.add_(w.hn)
+    torch.lerp(n.addcmul_(r, apart).tanh_(), prev[0], update, out=new[0])
+
+
+def _interpolation_grad(dz: Tensor, dh: Tensor, s: Saved) -> tuple[Tensor, Tensor]:
+    """Fill dz and dn of h_t = n + z (h_{t-1} - n); return dn and what h_{t-1} gets directly."""
+    _, update, n = s.gates.chunk(3, 1)
+    _, dupdate, dn = dz.chunk(3, 1)
+    direct = dh * update
+    change = (s.prev[0] - n).mul_(direct)
+    torch.addcmul(change, change, update, value=-1, out=dupdate)
+    return _tanh_grad(dh - direct, n, out=dn), direct
+
+
+def _gru_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    size = dh.shape[1]
+    r = s.gates[:, :size]
+    dn, direct = _interpolation_grad(dz, dh, s)
+    torch.mul(dn, r, out=dapart)
+    reset = dapart * s.apart
+    torch.addcmul(reset, reset, r, value=-1, out=dz[:, :size])
+    return (dz[:, : 2 * size] @ w.hh[: 2 * size]).addmm_(dapart, w.hh[2 * size :]), direct
+
+
+def _gru_reset_before(
+    z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights
+) -> None:
+    size = prev[0].shape[1]
+    r, update, n = z.chunk(3, 1)
+    z[:, : 2 * size].addmm_(seen, w.hh[: 2 * size].t()).sigmoid_()
+    n.addmm_(r * seen, w.hh[2 * size :].t()).tanh_()
+    torch.lerp(n, prev[0], update, out=new[0])
+
+
+def _gru_reset_before_grad(
+    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+) -> tuple[Tensor, Tensor | None]:
+    size = dh.shape[1]
+    r = s.gates[:, :size]
+    dn, direct = _interpolation_grad(dz, dh, s)
+    dseen = (dn @ w.hh[2 * size :]).mul_(r)
+    reset = dseen * s.seen
+    torch.addcmul(reset, reset, r, value=-1, out=dz[:, :size])
+    return dseen.addmm_(dz[:, : 2 * size], w.hh[: 2 * size]), direct
+
+
+WeightGrads = tuple[Tensor, Tensor | None, list[Tensor | None]]
+
+
+def _product_grad(dz: Tensor, seen: Tensor) -> Tensor:
+    """Gradient of W in z = seen W^T, summed over time and batch."""
+    return dz.flatten(0, 1).t() @ seen.flatten(0, 1)
+
+
+def _weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+    return _product_grad(dz, s.seen), None, []
+
+
+def _lstm_peephole_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+    i, f, g, _ = s.gates.chunk(4, -1)
+    di, df, _, do = dz.chunk(4, -1)
+    c_prev = s.prev[1]
+    c = (f * c_prev).addcmul_(i, g)
+    peepholes = [(d * c).sum((0, 1)) for d, c in ((di, c_prev), (df, c_prev), (do, c))]
+    return _product_grad(dz, s.seen), None, peepholes
+
+
+def _lstm_layernorm_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+    _, ln_hh, ln_c, ln_c_bias = w.params
+    sizes = (dz.shape[-1], s.prev[1].shape[-1])
+    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, -1), dapart.split(sizes, -1)
+    _, gain_hh, _ = _layer_norm_grad(dz, recurrent, ln_hh, None, (False, True, False))
+    _, gain_c, bias_c = _layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (False, True, True))
+    return _product_grad(drecurrent, s.seen), None, [None, gain_hh, gain_c, bias_c]
+
+
+def _gru_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+    size = dapart.shape[-1]
+    both = [_product_grad(d, s.seen) for d in (dz[..., : 2 * size], dapart)]
+    return torch.cat(both), None if w.hn is None else dapart.sum((0, 1)), []
+
+
+def _gru_reset_before_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+    size = s.seen.shape[-1]
+    reset = _product_grad(dz[..., 2 * size :], s.gates[..., :size] * s.seen)
+    return torch.cat([_product_grad(dz[..., : 2 * size], s.seen), reset]), None, []
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell's step and gradient.
+
+    Attributes:
+        step: (gates, seen, prev, new, apart, weights): turns the input part of the gates into the activated
+            gates, fills `new` and `apart`.
+        grad: (dgates, dapart, dh, dc, saved, weights): fills `dgates` and `dapart`, turns dc_t into
+            dc_{t-1}, and returns the gradients of `seen` and of h_{t-1} where it is used directly.
+        weight_grads: (dgates, dapart, saved, weights), all times at once: the gradients of the weights.
+        apart: n, the width of `apart` as a multiple of H.
+    """
+
+    step: Callable[[Tensor, Tensor, State, State, Tensor, Weights], None]
+    grad: Callable[[Tensor, Tensor, Tensor, Tensor, Saved, Weights], tuple[Tensor, Tensor | None]]
+    weight_grads: Callable[[Tensor, Tensor, Saved, Weights], WeightGrads] = _weight_grads
+    apart: int = 0
+
+
+STEPS: dict[str, Cell] = {
+    "rnn_tanh": Cell(_rnn_tanh, _rnn_tanh_grad),
+    "rnn_relu": Cell(_rnn_relu, _rnn_relu_grad),
+    "lstm": Cell(_lstm, _lstm_grad),
+    "lstm_peephole": Cell(_lstm, _lstm_grad, _lstm_peephole_weight_grads),
+    "lstm_layernorm": Cell(
+        _lstm_layernorm, _lstm_layernorm_grad, _lstm_layernorm_weight_grads, apart=5
+    ),
+    "gru": Cell(_gru, _gru_grad, _gru_weight_grads, apart=1),
+    "gru_reset_before": Cell(
+        _gru_reset_before, _gru_reset_before_grad, _gru_reset_before_weight_grads
+    ),
+}
+
+
+class Options(NamedTuple):
+    """How one direction runs.
+
+    Attributes:
+        cell: name in `STEPS`.
+        reverse: whether it runs from last step to first.
+        lengths: valid steps of each row, longest first, int64 [B], or None.
+        counts: for each time, how many rows are that long.
+        mask: what the recurrent product multiplies h with, [B, P], or None.
+        update: for h and c, the part of a new value that zoneout takes, [T, B, size] or a number; empty
+            without zoneout.
+    """
+
+    cell: str
+    reverse: bool
+    lengths: Tensor | None
+    counts: Sequence[int]
+    mask: Tensor | None
+    update: Sequence[Tensor | float]
+
+    def order(self) -> Sequence[int]:
+        """Times in the order of the recurrence."""
+        times = range(len(self.counts))
+        return times[::-1] if self.reverse else times
+
+    def before_and_after(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of T + 1 slots, those that the steps read and those that they write, by time."""
+        return (states[1:], states[:-1]) if self.reverse else (states[:-1], states[1:])
+
+    def buffer(self, like: Tensor, *shape: int) -> Tensor:
+        """Memory for all times, zero where a step may not write it."""
+        return like.new_empty(shape) if self.lengths is None else like.new_zeros(shape)
+
+    def zoneout(self, t: int, n: int) -> list[Tensor | float]:
+        """The part of each new state that is taken at time t."""
+        return [u if isinstance(u, float) else u[t, :n] for u in self.update]
+
+
+class _Recurrence(torch.autograd.Function):
+    """One direction. Overwrites `gates`, the input part, with the activated gates."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        options: Options,
+        gates: Tensor,
+        w_hh: Tensor,
+        b_hn: Tensor | None,
+        w_hr: Tensor | None,
+        count: int,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        initial, params = rest[:count], rest[count:]
+        steps, batch, rows = gates.shape
+        spec, cell = CELLS[options.cell], STEPS[options.cell]
+        hidden = rows // spec.gates
+        weights = Weights(w_hh, b_hn, params)
+        last = steps if options.lengths is None else options.lengths
+        first, last = (last, 0) if options.reverse else (0, last)
+        row = torch.arange(batch, device=gates.device)
+        states = [options.buffer(s, steps + 1, *s.shape) for s in initial]
+        for buffer, value in zip(states, initial, strict=True):
+            buffer[first, row] = value
+        before, after = zip(*(options.before_and_after(s) for s in states), strict=True)
+        apart = options.buffer(gates, steps, batch, cell.apart * hidden)
+        unprojected = None if w_hr is None else options.buffer(gates, steps, batch, hidden)
+        for t in options.order():
+            n = options.counts[t]
+            prev, new = tuple(s[t, :n] for s in before), tuple(s[t, :n] for s in after)
+            seen = prev[0] if options.mask is None else prev[0] * options.mask[:n]
+            out = new if w_hr is None else (unprojected[t, :n], *new[1:])
+            cell.step(gates[t, :n], seen, prev, out, apart[t, :n], weights)
+            if w_hr is not None:
+                torch.mm(out[0], w_hr.t(), out=new[0])
+            for part, fresh, old in zip(options.zoneout(t, n), new, prev, strict=False):
+                torch.lerp(old, fresh, part, out=fresh)
+        ctx.save_for_backward(gates, apart, unprojected, w_hh, b_hn, w_hr, *states, *params)
+        ctx.options, ctx.count = options, count
+        ctx.set_materialize_grads(False)
+        y = after[0]
+        if options.reverse and options.lengths is not None:
+            beyond = torch.arange(steps, device=y.device)[:, None] >= options.lengths
+            y = y.masked_fill(beyond[..., None], 0.0)
+        return y, *(s[last, row] for s in states)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, dy: Tensor | None, *dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the backward of backend='torch' is not differentiable for this cell: use "
+                "backend='reference' for gradients of gradients (create_graph=True)"
+            )
+        gates, apart, unprojected, w_hh, b_hn, w_hr, *rest = ctx.saved_tensors
+        options, states, params = ctx.options, rest[: ctx.count], rest[ctx.count :]
+        cell, weights = STEPS[options.cell], Weights(w_hh, b_hn, params)
+        before = tuple(options.before_and_after(s)[0] for s in states)
+        seen = before[0] if options.mask is None else before[0] * options.mask
+        saved = Saved(gates, apart, seen, before)
+        dstate = [
+            torch.zeros_like(s[0]) if d is None else d.clone()
+            for s, d in zip(states, dfinal, strict=True)
+        ]
+        dgates, dapart = options.buffer(gates, *gates.shape), options.buffer(gates, *apart.shape)
+        dprojected = None if w_hr is None else options.buffer(gates, *before[0].shape)
+        for t in reversed(options.order()):
+            n = options.counts[t]
+            now = [d[:n] for d in dstate]
+            if dy is not None:
+                now[0].add_(dy[t, :n])
+            kept = []
+            for part, d in zip(options.zoneout(t, n), now, strict=False):
+                kept.append(d * (1 - part))
+                d.mul_(part)
+            dh = now[0]
+            if w_hr is not None:
+                dprojected[t, :n] = dh
+                dh = dh @ w_hr
+            then = Saved(gates[t, :n], apart[t, :n], seen[t, :n], tuple(s[t, :n] for s in before))
+            dseen, direct = cell.grad(dgates[t, :n], dapart[t, :n], dh, now[-1], then, weights)
+            if options.mask is not None:
+                dseen.mul_(options.mask[:n])
+            now[0].copy_(dseen if direct is None else dseen.add_(direct))
+            for d, k in zip(now, kept, strict=False):
+                d.add_(k)
+        dw_hh, db_hn, dparams = cell.weight_grads(dgates, dapart, saved, weights)
+        dw_hr = None if w_hr is None else _product_grad(dprojected, unprojected)
+        return None, dgates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
+
+
+def _input_part(
+    cell: str,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """The gates' input part with every bias that can be added outside the loop, and the one left."""
+    bias, left = b_ih, None
+    if b_hh is not None:
+        outside = b_hh
+        if cell == "gru":
+            size = b_hh.shape[0] // 3
+            outside, left = F.pad(b_hh[: 2 * size], (0, size)), b_hh[2 * size :]
+        bias = outside if b_ih is None else b_ih + outside
+    if cell != "lstm_layernorm":
+        return F.linear(x, w_ih, bias), left
+    gates = F.linear(x, w_ih)
+    return F.layer_norm(gates, gates.shape[-1:], params["weight_ln_ih"], bias, LAYER_NORM_EPS), left
+
+
+def recurrence(
+    cell: str,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: Mapping[str, Tensor],
+    state: Sequence[Tensor],
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, State]:
+    """One layer, all its directions; arguments and results are those of `reference.recurrence`."""
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        x, w_ih, w_hh, b_ih, b_hh, w_hr = (
+            None if v is None else v.float() for v in (x, w_ih, w_hh, b_ih, b_hh, w_hr)
+        )
+        params, state = {k: v.float() for k, v in params.items()}, [s.float() for s in state]
+    steps, batch, directions = x.shape[0], x.shape[1], w_ih.shape[0]
+    counts, order = [batch] * steps, None
+    if lengths is not None:
+        lengths, order = lengths.sort(descending=True, stable=True)
+        times = torch.arange(steps, device=x.device)
+        counts = (lengths > times[:, None]).sum(1).tolist()
+        x = x.index_select(1, order)
+        state = [s.index_select(1, order) for s in state]
+    masks, updates = _masks(x, state, order, recurrent_dropout, zoneout, training, seed)
+    outputs, finals = [], []
+    for d in range(directions):
+        p = {name: value[d] for name, value in params.items()}
+        biases = [None if b is None else b[d] for b in (b_ih, b_hh)]
+        gates, b_hn = _input_part(cell, x, w_ih[d], *biases, p)
+        mask = None if masks is None else masks[d]
+        update = [u if isinstance(u, float) else u[:, d] for u in updates]
+        y, *final = _Recurrence.apply(
+            Options(cell, d == 1, lengths, counts, mask, update),
+            gates,
+            w_hh[d],
+            b_hn,
+            None if w_hr is None else w_hr[d],
+            len(state),
+            *(s[d] for s in state),
+            *p.values(),
+        )
+        outputs.append(y)
+        finals.append(final)
+    results = [torch.cat(outputs, -1), *(torch.stack(s) for s in zip(*finals, strict=True))]
+    if order is not None:
+        inverse = order.argsort()
+        results = [r.index_select(1, inverse) for r in results]
+    y, *final = (r.to(dtype) for r in results)
+    return y, tuple(final)
+
+
+def _masks(
+    x: Tensor,
+    state: Sequence[Tensor],
+    order: Tensor | None,
+    recurrent_dropout: float,
+    zoneout: float,
+    training: bool,
+    seed: int,
+) -> tuple[Tensor | None, list[Tensor | float]]:
+    """The scaled mask of recurrent dropout [D, B, P] and, for each state, what zoneout updates."""
+
+    def rows(mask: Tensor) -> Tensor:
+        mask = mask if order is None else mask.index_select(-2, order)
+        return mask.to(x.dtype)
+
+    recurrent = None
+    if training and recurrent_dropout > 0:
+        kept = recurrent_mask(seed, recurrent_dropout, *state[0].shape, x.device)
+        recurrent = rows(kept) / (1 - recurrent_dropout)
+    if not zoneout:
+        return recurrent, []
+    if not training:
+        return recurrent, [1 - zoneout] * len(state)
+    times = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1, 1)
+    updates = zoneout_masks(seed, zoneout, times, *state[-1].shape, x.device)
+    return recurrent, [rows(u[..., : s.shape[-1]]) for u, s in zip(updates, state, strict=False)]
