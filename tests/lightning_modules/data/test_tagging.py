@@ -1,0 +1,294 @@
+"""From tagged sentences to batches, and from files and tables to tagged sentences."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import lightning_modules.data.tagging as tagging
+from lightning_modules.data.readers import Sentence
+from lightning_modules.data.tagging import TaggingCodec, TaggingData
+from lightning_modules.data.vectors import Vectors
+
+TRAIN = [
+    Sentence(["Ann", "saw", "Bo", "2"], ["B-PER", "O", "B-PER", "O"]),
+    Sentence(["Ann", "Lee", "left"], ["B-PER", "I-PER", "O"]),
+]
+COLUMNS = "Ann\tB-PER\nsaw\tO\n\nIn\tO\nRome\tB-LOC\nCity\tI-LOC\n"
+
+
+def ner(**options) -> TaggingCodec:
+    return TaggingCodec.from_sentences(TRAIN, "BIO", **options)
+
+
+def test_words_are_numbered_by_frequency_and_rare_ones_are_known() -> None:
+    codec = ner()
+    assert codec.words.symbols[:3] == ["<pad>", "<unk>", "Ann"]
+    assert (codec.frequent_words, codec.known_words) == (3, len(codec.words))
+    assert codec.tags.symbols == ["O", "B-PER", "I-PER"]
+    assert codec.labels == ["PER"]
+    assert ner(min_count=2).words.symbols == ["<pad>", "<unk>", "Ann"]
+    assert ner(min_count=2).frequent_words == 3
+
+
+def test_unknown_words_fall_back_to_lower_case() -> None:
+    codec = ner()
+    assert codec.word("Saw") == codec.word("saw") != codec.words.unk
+    assert codec.word("ann") == codec.words.unk
+    assert ner(lowercase=True).word("ANN") == ner(lowercase=True).word("ann") != 1
+    assert ner(digits=True).word("7") == ner(digits=True).word("2") != 1
+
+
+def test_special_words_in_text_are_words_like_others() -> None:
+    codec = TaggingCodec.from_sentences([Sentence(["<pad>", "<unk>", "x"], ["A", "A", "A"])])
+    assert codec.word("<pad>") == codec.words.unk
+    assert codec.known_words == len(codec.words) == 3
+
+
+def test_batch_holds_each_spelling_once() -> None:
+    codec = ner()
+    batch = codec.batch([codec.encode(sentence) for sentence in TRAIN])
+    assert batch.words.shape == batch.tags.shape == batch.spellings.shape == (2, 4)
+    assert len(batch.characters) == 6
+    assert batch.spellings[0, 0] == batch.spellings[1, 0]
+    for row, sentence in enumerate(TRAIN):
+        for column, token in enumerate(sentence.tokens):
+            spelling = int(batch.spellings[row, column])
+            size = int(batch.character_lengths[spelling])
+            assert codec.characters.decode(batch.characters[spelling, :size]) == list(token)
+    assert batch.tags.tolist() == [[1, 0, 1, 0], [1, 2, 0, -100]]
+    assert batch.lengths.tolist() == [4, 3]
+    assert batch.num_tokens == 7
+    assert batch.tokens == [s.tokens for s in TRAIN]
+    assert batch.tag_names == [s.tags for s in TRAIN]
+    training = codec.batch([codec.encode(sentence, training=True) for sentence in TRAIN])
+    assert training.tokens is None
+    assert training.tag_names is None
+
+
+def test_tags_unseen_in_training_are_ignored_numbers() -> None:
+    codec = ner()
+    row = codec.encode(Sentence(["x", "y"], ["B-NEW", "O"]))
+    assert row.tags == [-100, 0]
+    assert row.tag_names == ["B-NEW", "O"]
+
+
+def test_long_words_keep_head_and_tail() -> None:
+    codec = ner(max_characters=5)
+    assert codec.characters.decode(codec.spelling("AnnsawLee")) == list("An") + list("Lee")
+    assert len(codec.spelling("x" * 10_000)) == 5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "encoding", "learnt", "written"),
+    [
+        ("IOB1", None, ["B-A", "I-A", "B-A"], ["B-A", "I-A", "B-A"]),
+        ("BIO", "BIOES", ["B-A", "E-A", "S-A"], ["B-A", "I-A", "B-A"]),
+        ("BIOES", "BIO", ["B-A", "I-A", "B-A"], ["B-A", "E-A", "S-A"]),
+    ],
+)
+def test_schemes_there_and_back(
+    scheme: str, encoding: str | None, learnt: list[str], written: list[str]
+) -> None:
+    gold = {
+        "IOB1": ["I-A", "I-A", "B-A"],
+        "BIO": ["B-A", "I-A", "B-A"],
+        "BIOES": ["B-A", "E-A", "S-A"],
+    }[scheme]
+    sentence = Sentence(["x", "y", "z"], gold)
+    codec = TaggingCodec.from_sentences([sentence], scheme, encoding)
+    row = codec.encode(sentence)
+    assert codec.tags.decode(row.tags) == learnt
+    assert codec.decode_tags(row.tags) == written
+    assert row.tag_names == gold
+
+
+def test_vectors_add_words_and_survive_without_their_file() -> None:
+    table = torch.tensor([[1.0, 0], [0, 1], [2, 2], [3, 3]])
+    codec = ner(vectors=Vectors(["ann", "Paris", "saw", "<unk>"], table))
+    assert codec.words.symbols[codec.known_words :] == ["ann", "Paris"]
+    assert codec.vectors is not None
+    assert codec.vectors[codec.word("Paris")].tolist() == [0, 1]
+    assert codec.vectors[codec.word("Ann")].tolist() == [1, 0]  # by its lower case
+    assert codec.vectors[codec.word("Lee")].isnan().all()
+    restored = TaggingCodec.from_dict(json.loads(json.dumps(codec.to_dict())))
+    assert restored.to_dict() == codec.to_dict()
+    assert restored.vectors is None
+    assert restored.word("Paris") == codec.word("Paris") >= codec.known_words
+
+
+def test_codec_survives_plain_data() -> None:
+    codec = ner(encoding="BIOES", lowercase=True, digits=True, max_characters=9)
+    restored = TaggingCodec.from_dict(codec.to_dict())
+    for first, second in zip(codec.encode(TRAIN[0]), restored.encode(TRAIN[0]), strict=True):
+        assert first == second
+    assert restored.frequent_words == codec.frequent_words
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """The same training and validation sentences in each format."""
+    tokens, tags = (
+        [["Ann", "saw"], ["In", "Rome", "City"]],
+        [["B-PER", "O"], ["O", "B-LOC", "I-LOC"]],
+    )
+    (tmp_path / "a.conll").write_text(COLUMNS)
+    labels = datasets.ClassLabel(names=["O", "B-PER", "I-PER", "B-LOC", "I-LOC"])
+    features = datasets.Features(
+        {
+            "words": datasets.List(datasets.Value("string")),
+            "ner": datasets.List(labels),
+            "names": datasets.List(datasets.Value("string")),
+        }
+    )
+    numbers = [[labels.str2int(tag) for tag in row] for row in tags]
+    table = datasets.Dataset.from_dict({"words": tokens, "ner": numbers, "names": tags}, features)
+    table.to_parquet(tmp_path / "a.parquet")
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for row in zip(tokens, tags, strict=True):
+            file.write(
+                json.dumps({"nested": dict(zip(("words", "names"), row, strict=True))}) + "\n"
+            )
+    return {suffix: str(tmp_path / f"a.{suffix}") for suffix in ("conll", "parquet", "jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "columns"),
+    [
+        ("conll", {}),
+        ("parquet", {"token_column": "words", "tag_column": "ner"}),
+        ("parquet", {"token_column": "words", "tag_column": "names"}),
+        ("jsonl", {"token_column": "nested.words", "tag_column": "nested.names"}),
+    ],
+    ids=["columns", "class-labels", "strings", "nested"],
+)
+def test_sources(files: dict[str, str], suffix: str, columns: dict) -> None:
+    data = TaggingData(train=files[suffix], val=files[suffix], scheme="BIO", **columns)
+    assert data.sentences("train") == [
+        Sentence(["Ann", "saw"], ["B-PER", "O"]),
+        Sentence(["In", "Rome", "City"], ["O", "B-LOC", "I-LOC"]),
+    ]
+
+
+def test_hub_splits_have_usual_names(files: dict[str, str], monkeypatch) -> None:
+    asked = []
+
+    def load(source: str, split: str, config: str | None) -> datasets.Dataset:
+        asked.append((source, split, config))
+        return datasets.load_dataset("parquet", data_files=files["parquet"], split="train")
+
+    monkeypatch.setattr(tagging, "load_rows", load)
+    data = TaggingData(
+        dataset="owner/name", config="en", test="train[:5%]",
+        token_column="words", tag_column="ner", scheme="BIO",
+    )  # fmt: skip
+    for split in ("train", "val", "test"):
+        assert len(data.sentences(split)) == 2
+    assert asked == [("owner/name", split, "en") for split in ("train", "validation", "train[:5%]")]
+
+
+def test_builtin_treebank_has_its_official_split() -> None:
+    data = TaggingData(dataset="turkish-treebanks")
+    sizes = {split: len(data.sentences(split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 3881, "val": 485, "test": 485}
+    assert len(data.codec.tags) == 14
+
+
+def test_builtin_treebank_absent(monkeypatch) -> None:
+    monkeypatch.setattr(tagging, "BUILTIN", "no-such-distribution")
+    with pytest.raises(FileNotFoundError, match=r"pip install 'fusedrnn\[data\]'"):
+        TaggingData(dataset="no-such-distribution").sentences("train")
+
+
+def test_vocabulary_comes_from_training_alone(tmp_path: Path) -> None:
+    for name, word, tag in (("train", "cat", "N"), ("val", "dog", "V"), ("test", "emu", "X")):
+        (tmp_path / name).write_text(f"{word}\t{tag}\n")
+    data = TaggingData(*(str(tmp_path / name) for name in ("train", "val", "test")))
+    for stage in ("fit", "validate", "test"):
+        data.setup(stage)
+    assert data.codec.words.symbols[2:] == ["cat"]
+    assert set(data.codec.characters.symbols[2:]) == set("cat")
+    assert data.codec.tags.symbols == ["N"]
+
+
+def test_evaluation_needs_no_training_split_once_it_has_a_codec(files: dict[str, str]) -> None:
+    codec = TaggingData(train=files["conll"], scheme="BIO").codec
+    data = TaggingData(train="absent.conll", test=files["conll"], scheme="BIO")
+    data.codec = codec
+    data.setup("test")
+    assert sum(batch.num_tokens for batch in data.test_dataloader()) == 5
+
+
+def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
+    blocks = ["".join(f"w{i}\tN\n" for i in range(1 + n % 7)) for n in range(50)]
+    (tmp_path / "train").write_text("\n".join(blocks))
+    data = TaggingData(str(tmp_path / "train"), str(tmp_path / "train"), batch_size=8, max_length=6)
+    data.setup("fit")
+    seen = [int(size) for batch in data.train_dataloader() for size in batch.lengths]
+    assert sorted(seen) == sorted(1 + n % 7 for n in range(50) if n % 7 != 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"train": None}, "train, dataset: expected one of them"),
+        ({"dataset": "turkish-treebanks"}, "turkish-treebanks has its own splits"),
+        ({"scheme": "IOB2"}, "scheme: expected one of BIO, IOB1, BIOES or None, got IOB2"),
+        ({"encoding": "BIOES"}, "encoding: expected BIO or BIOES and a scheme"),
+        ({"min_count": 0}, "min_count: expected at least 1, got 0"),
+        ({"max_characters": 0}, "max_characters: expected at least 1"),
+        ({"batch_size": None}, "batch_size, max_tokens: expected at least one"),
+    ],
+)
+def test_bad_arguments(options: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        TaggingData(**{"train": "x.conll", **options})
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "expected"),
+    [
+        ("conll", {"tag_column": "ner"}, r"a.conll: CoNLL columns go by index, got column 'ner'"),
+        ("conll", {"tag_column": 5}, r"a.conll:1: no column tag_column = 5"),
+        ("parquet", {}, r"a.parquet: no column 'tokens'; its columns are words, ner, names"),
+        ("parquet", {"token_column": "words"}, r"no column 'tags'"),
+        ("jsonl", {"token_column": "nested", "tag_column": "nested"}, r"row 1: expected a list in"),
+        (
+            "parquet",
+            {"token_column": "words", "tag_column": "words", "scheme": "BIO"},
+            r"a.parquet: row 1: tag 'Ann' is outside the scheme BIO",
+        ),
+    ],
+)
+def test_bad_sources(files: dict[str, str], suffix: str, options: dict, expected: str) -> None:
+    data = TaggingData(train=files[suffix], **options)
+    with pytest.raises(ValueError, match=expected):
+        data.sentences("train")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"tokens": ["a", "b"], "tags": ["X"]},
+            r"row 2: expected as many tags as tokens, 2, got 1",
+        ),
+        ({"tokens": ["a", ""], "tags": ["X", "X"]}, r"row 2: expected text in column 'tokens'"),
+        ({"tokens": ["a"], "tags": [None]}, r"row 2: expected a tag, got None"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, row: dict, expected: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"tokens": ["a"], "tags": ["X"]}, row]
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
+    with pytest.raises(ValueError, match=expected):
+        TaggingData(train=str(path)).sentences("train")
+
+
+def test_missing_splits_say_so(files: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="test: no such split was given"):
+        TaggingData(train=files["conll"]).setup("test")
+    with pytest.raises(ValueError, match="max_length: no training sentence is as short as 1"):
+        TaggingData(train=files["conll"], val=files["conll"], max_length=1).setup("fit")
