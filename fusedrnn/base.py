@@ -163,7 +163,7 @@ class RecurrentBase(nn.RNNBase):
         shapes = shapes[: len(CELLS[self.cell].states)]
         if state is None:
             return [x.new_zeros(shape) for shape in shapes]
-        for name, tensor, shape in zip("hc", state, shapes, strict=True):
+        for name, tensor, shape in zip("hc", state, shapes, strict=False):
             self.check_hidden_size(
                 tensor, shape, f"Expected hidden[{'hc'.index(name)}] size {{}}, got {{}}"
             )
