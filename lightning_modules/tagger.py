@@ -142,6 +142,14 @@ class Tagger(Task):
                 for row in list(zip(tokens, gold, predicted, strict=True))[:SAMPLES]
             ]
 
+    def on_validation_epoch_start(self) -> None:
+        """Start to count."""
+        self.scores["val"].reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count."""
+        self.scores["test"].reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation split."""
         self._report("val")
@@ -157,7 +165,6 @@ class Tagger(Task):
     def _report(self, stage: str) -> None:
         scores = self.scores[stage]
         values, labels, self._confusion = scores.compute()
-        scores.reset()
         if self.trainer.sanity_checking:
             return
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
@@ -316,7 +323,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     side = 2 + 0.3 * len(used)
     figure = Figure(figsize=(side, side))
     axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     labels = [names[i] for i in used]
     axes.set_xticks(range(len(used)), labels, rotation=90)
     axes.set_yticks(range(len(used)), labels)

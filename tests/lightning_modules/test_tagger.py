@@ -1,0 +1,268 @@
+"""The tagger as a whole: learns, scores, is stored, and tags raw text."""
+
+import random
+from pathlib import Path
+
+import lightning as L
+import pytest
+import seqeval.metrics
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from lightning_modules.base import CheckpointError, Task
+from lightning_modules.data.readers import Sentence
+from lightning_modules.data.tagging import TaggingCodec, TaggingData
+from lightning_modules.data.vectors import Vectors
+from lightning_modules.tagger import Scores, Tagger, confusion_figure, tokenize
+
+SMALL = {
+    "word_size": 12,
+    "character_size": 8,
+    "character_hidden_size": 12,
+    "hidden_sizes": [16],
+    "dropout": 0.1,
+}
+
+
+def names(count: int, seed: int) -> str:
+    """Sentences in which `Mr` opens a name of one or two capitalised made-up words."""
+    draw = random.Random(seed)
+    blocks = []
+    for _ in range(count):
+        rows = []
+        for _ in range(draw.randint(1, 4)):
+            rows.append(draw.choice(["we", "saw", "the", "cat", "Now", ","]) + "\tO")
+            if draw.random() < 0.5:
+                rows.append("Mr\tO")
+                for position in range(draw.randint(1, 2)):
+                    word = "".join(draw.choices("abcdefgh", k=4)).capitalize()
+                    rows.append(f"{word}\t{'I' if position else 'B'}-PER")
+        blocks.append("\n".join(rows) + "\n")
+    return "\n".join(blocks)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TaggingData:
+    folder = tmp_path_factory.mktemp("names")
+    for seed, split in enumerate(("train", "val", "test")):
+        (folder / split).write_text(names(300 if split == "train" else 60, seed))
+    places = {split: str(folder / split) for split in ("train", "val", "test")}
+    return TaggingData(**places, scheme="BIO", encoding="BIOES", batch_size=16)
+
+
+def trainer(folder: Path, **options) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="", version=""),
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data: TaggingData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tagger, Path]:
+    L.seed_everything(0)
+    tagger = Tagger(data.codec, **SMALL, optimizer=lambda p: torch.optim.Adam(p, lr=0.02))
+    folder = tmp_path_factory.mktemp("run")
+    run = trainer(folder, max_epochs=4)
+    run.fit(tagger, data)
+    run.save_checkpoint(folder / "names.ckpt")
+    return tagger.eval(), folder
+
+
+def test_learns_and_logs(trained: tuple[Tagger, Path], data: TaggingData) -> None:
+    tagger, folder = trained
+    (scores,) = trainer(folder / "test").test(tagger, data, verbose=False)
+    assert set(scores) == {f"test/{n}" for n in ("loss", "accuracy", "precision", "recall", "f1")}
+    assert scores["test/f1"] > 0.95
+    assert scores["test/accuracy"] > 0.97
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    for name in ("train/loss", "val/loss", "val/accuracy", "val/f1"):
+        assert name in header
+    logged = {
+        path.parent.name + "/" + path.name.rpartition("_")[0] for path in folder.rglob("media/*/*")
+    }
+    assert {"val/samples", "val/labels", "val/confusion_matrix"} <= logged
+    assert {"test/samples", "test/labels", "test/confusion_matrix"} <= logged
+    (labels,) = folder.rglob("media/test/labels_*.csv")
+    rows = [line.split(",") for line in labels.read_text().splitlines()]
+    assert rows[0] == ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
+    assert rows[1][0] == "PER"
+    assert float(rows[1][3]) == pytest.approx(scores["test/f1"], abs=1e-6)
+
+
+def test_logged_scores_are_those_of_its_own_tags(
+    trained: tuple[Tagger, Path], data: TaggingData
+) -> None:
+    tagger, folder = trained
+    (scores,) = trainer(folder / "validate").validate(tagger, data, verbose=False)
+    gold = data.sentences("val")
+    tagged = [[tag for _, tag in row] for row in tagger.tag([s.tokens for s in gold])]
+    expected = seqeval.metrics.f1_score([s.tags for s in gold], tagged)
+    assert scores["val/f1"] == pytest.approx(expected, abs=1e-6)
+    pairs = [
+        pair for s, row in zip(gold, tagged, strict=True) for pair in zip(s.tags, row, strict=True)
+    ]
+    assert {tag[0] for _, tag in pairs} <= set("BIO")
+
+
+def test_batch_size_does_not_change_tags_or_scores(
+    trained: tuple[Tagger, Path], data: TaggingData
+) -> None:
+    tagger, folder = trained
+    sentences = [s.tokens for s in data.sentences("val")]
+    tagged = tagger.tag(sentences, batch_size=7)
+    assert tagger.tag(sentences, batch_size=1) == tagged
+    assert tagger.tag(sentences[::-1], batch_size=64)[::-1] == tagged
+    places = {"train": data._places["train"], "val": data._places["val"]}
+    runs = []
+    for size in (1, 64):
+        other = TaggingData(**places, scheme="BIO", batch_size=size)
+        other.codec = data.codec
+        runs.append(trainer(folder / "validate").validate(tagger, other, verbose=False)[0])
+    assert runs[0]["val/f1"] == runs[1]["val/f1"]
+    assert runs[0]["val/accuracy"] == runs[1]["val/accuracy"]
+    assert runs[0]["val/loss"] == pytest.approx(runs[1]["val/loss"], abs=1e-6)
+
+
+def test_two_processes_score_like_one(trained: tuple[Tagger, Path], data: TaggingData) -> None:
+    tagger, folder = trained
+    single = trainer(folder / "validate").validate(tagger, data, verbose=False)
+    run = trainer(folder / "ddp", devices=2, strategy="ddp_fork")
+    assert run.validate(tagger, data, verbose=False) == single
+
+
+def test_checkpoint_holds_all_that_tagging_needs(trained: tuple[Tagger, Path]) -> None:
+    tagger, folder = trained
+    loaded = Tagger.load_from_checkpoint(folder / "names.ckpt")
+    assert not loaded.training
+    text = ["we saw Mr Abba Gaga", "", "the cat Mr Zyx"]
+    tagged = loaded.tag(text)
+    assert tagged == tagger.tag(text)
+    assert tagged[0] == [
+        ("we", "O"), ("saw", "O"), ("Mr", "O"), ("Abba", "B-PER"), ("Gaga", "I-PER"),
+    ]  # fmt: skip
+    assert tagged[1] == []
+    assert type(Task.load_from_checkpoint(folder / "names.ckpt")) is Tagger
+
+
+def test_predict_lines(trained: tuple[Tagger, Path]) -> None:
+    tagger = Tagger.load_from_checkpoint(trained[1] / "names.ckpt")
+    lines = ["we saw Mr Abba,", "   ", "Now"]
+    assert list(tagger.predict_lines(lines, tokenizer="words")) == [
+        "we/O saw/O Mr/O Abba/B-PER ,/O",
+        "",
+        "Now/O",
+    ]
+    assert (
+        list(tagger.predict_lines(iter(lines[2:] * 5), batch_size=2, tags_only=True)) == ["O"] * 5
+    )
+    endless = tagger.predict_lines((line for _ in iter(int, 1) for line in lines), batch_size=4)
+    assert next(endless).startswith("we/O")
+
+
+def test_odd_sentences_are_tagged(trained: tuple[Tagger, Path]) -> None:
+    tagger, _ = trained
+    odd = [["x" * 5000], ["漢字", "🙂", "\u200d"], ["Mr"] * 3000, ["<pad>", "<unk>"]]
+    assert [len(row) for row in tagger.tag(odd)] == [1, 3, 3000, 2]
+    assert tagger.tag([]) == []
+
+
+def test_tags_unseen_in_training_count_as_errors(
+    trained: tuple[Tagger, Path], data: TaggingData, tmp_path: Path
+) -> None:
+    tagger, folder = trained
+    (tmp_path / "val").write_text("we\tO\nRome\tB-LOC\n\nthe\tO\ncat\tO\n")
+    other = TaggingData(train="absent", val=str(tmp_path / "val"), scheme="BIO")
+    other.codec = data.codec
+    (scores,) = trainer(folder / "validate").validate(tagger, other, verbose=False)
+    assert scores["val/accuracy"] == 0.75
+    assert scores["val/recall"] == 0
+    assert 0 < scores["val/loss"] < 10
+
+
+def test_vectors_keep_unseen_words_apart_at_prediction(tmp_path: Path) -> None:
+    """Words that only the vector file knows are tagged by their vectors, also after loading."""
+    train = [Sentence(["red"], ["COLOUR"]), Sentence(["two"], ["NUMBER"])] * 20
+    table = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    vectors = Vectors(["red", "two", "blue", "six"], table)
+    L.seed_everything(0)
+    codec = TaggingCodec.from_sentences(train, vectors=vectors)
+    sizes = SMALL | {"word_size": 2, "character_hidden_size": 0}
+    tagger = Tagger(codec, **sizes, freeze_vectors=True, head="softmax")
+    optimizer = torch.optim.Adam(tagger.parameters(), lr=0.05)
+    batch = codec.batch([codec.encode(sentence) for sentence in train])
+    for _ in range(60):
+        optimizer.zero_grad()
+        total, count = tagger.model.loss(tagger(batch), batch.tags, batch.lengths)
+        (total / count).backward()
+        optimizer.step()
+    checkpoint = {"state_dict": tagger.state_dict()}
+    tagger.on_save_checkpoint(checkpoint)
+    path = tmp_path / "vectors.ckpt"
+    torch.save(checkpoint, path)
+    loaded = Tagger.load_from_checkpoint(path)
+    assert [row[0][1] for row in loaded.tag(["blue", "six"])] == ["COLOUR", "NUMBER"]
+
+
+def test_refuses_the_checkpoint_of_another_vocabulary(
+    trained: tuple[Tagger, Path], data: TaggingData
+) -> None:
+    checkpoint = torch.load(trained[1] / "names.ckpt", weights_only=True)
+    codec = TaggingCodec.from_sentences(data.sentences("train")[:5], "BIO", "BIOES")
+    with pytest.raises(CheckpointError, match=r"is .* there and .* in this"):
+        Tagger(codec, **SMALL).check(checkpoint)
+
+
+def test_monitor_follows_the_kind_of_tags(data: TaggingData) -> None:
+    assert Tagger(data.codec, **SMALL).monitor == "val/f1"
+    codec = TaggingCodec.from_sentences([Sentence(["a"], ["X"])])
+    assert Tagger(codec, **SMALL).monitor == "val/accuracy"
+
+
+def test_scores_of_single_labels_by_hand() -> None:
+    """Gold N V V and an unseen X; predicted N N V V."""
+    codec = TaggingCodec.from_sentences([Sentence(["a", "b"], ["N", "V"])])
+    scores = Scores(codec)
+    batch = codec.batch([codec.encode(Sentence(list("abcd"), ["N", "V", "V", "X"]))])
+    paths = torch.tensor([[0, 0, 1, 1]])
+    for _ in range(2):
+        scores.update(torch.tensor(6.0), torch.tensor(3), paths, batch, [])
+        values, table, confusion = scores.compute()
+        assert {name: float(value) for name, value in values.items()} == {
+            "loss": 2,
+            "accuracy": 0.5,
+        }
+        assert table == [
+            ["N", 1 / 2, 1.0, 2 / 3, 1, 2, 1],
+            ["V", 1 / 2, 1 / 2, 1 / 2, 1, 2, 2],
+            ["<unseen>", 0.0, 0.0, 0.0, 0, 0, 1],
+        ]
+        assert confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
+        scores.reset()
+
+
+def test_confusion_figure_leaves_out_what_never_occurs() -> None:
+    confusion: Tensor = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    (axes,) = confusion_figure(confusion, ["A", "B", "<unseen>"]).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["A", "B"]
+    assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Don't panic: it's well-known.", ["Don't", "panic", ":", "it's", "well-known", "."]),
+        ("Ankara'da  9,5 TL!", ["Ankara'da", "9", ",", "5", "TL", "!"]),
+    ],
+)
+def test_tokenize(text: str, expected: list[str]) -> None:
+    assert tokenize(text, "words") == expected
+    assert tokenize(text) == text.split()
+    with pytest.raises(ValueError, match="tokenizer: expected whitespace or words"):
+        tokenize(text, "bpe")
