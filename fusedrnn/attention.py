@@ -8,8 +8,8 @@ averages the keys::
     weights[b, q, :] = softmax(score[b, q, :lengths[b]])     (exactly zero past lengths[b])
     context[b, q]    = sum_s weights[b, q, s] keys[b, s]
 
-The part of the score that depends on the keys alone, ``project(keys)``, is worth computing once per
-sequence; a caller that decodes step by step passes it back as ``projected``.
+The part of the score that depends on the keys alone, `project(keys)`, is worth computing once per
+sequence; a caller that decodes step by step passes it back as `projected`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def valid_positions(lengths: Tensor, size: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Masked attention; subclasses define ``project`` and ``score``.
+    """Masked attention; subclasses define `project` and `score`.
 
     Args:
         query_size: Dq, the last dimension of the queries.
@@ -92,10 +92,10 @@ class Attention(nn.Module):
 
         Args:
             query: [B, Q, Dq], decoder states.
-            keys: [B, S, Dk], encoder outputs. Finite values past ``lengths`` change nothing.
+            keys: [B, S, Dk], encoder outputs. Finite values past `lengths` change nothing.
             lengths: int64 [B] on the device of the keys; positions at or past it get a weight of
                 exactly zero. A row of length 0 gets all-zero weights and context. None: no padding.
-            projected: ``project(keys)`` if the caller has it already; None computes it.
+            projected: `project(keys)` if the caller has it already; None computes it.
 
         Returns:
             context [B, Q, Dk] and weights [B, Q, S]; each row of weights sums to one.
@@ -137,19 +137,19 @@ class Attention(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Sizes, for ``repr``."""
+        """Sizes, for `repr`."""
         return f"query_size={self.query_size}, key_size={self.key_size}"
 
 
 class DotAttention(Attention):
-    """Luong's dot score, without parameters: ``score = q . k``.
+    """Luong's dot score, without parameters: `score = q . k`.
 
     Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
     2015, equation 8.
 
     Args:
         query_size: Dq.
-        key_size: Dk; must equal ``query_size``.
+        key_size: Dk; must equal `query_size`.
 
     Raises:
         ValueError: the two sizes differ.
@@ -168,12 +168,12 @@ class DotAttention(Attention):
         return keys
 
     def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute ``q . k`` [B, Q, S]."""
+        """Compute `q . k` [B, Q, S]."""
         return query @ projected.transpose(1, 2)
 
 
 class GeneralAttention(Attention):
-    """Luong's general score: ``score = q^T W k``, W [Dq, Dk].
+    """Luong's general score: `score = q^T W k`, W [Dq, Dk].
 
     Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
     2015, equation 8.
@@ -188,25 +188,25 @@ class GeneralAttention(Attention):
         self.key = nn.Linear(key_size, query_size, bias=False)
 
     def project(self, keys: Tensor) -> Tensor:
-        """Compute ``W k`` [B, S, Dq]."""
+        """Compute `W k` [B, S, Dq]."""
         return self.key(keys)
 
     def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute ``q . (W k)`` [B, Q, S]."""
+        """Compute `q . (W k)` [B, Q, S]."""
         return query @ projected.transpose(1, 2)
 
 
 class AdditiveAttention(Attention):
-    """Bahdanau's score: ``score = v^T tanh(W q + U k + b)``.
+    """Bahdanau's score: `score = v^T tanh(W q + U k + b)`.
 
     Bahdanau, Cho and Bengio, Neural Machine Translation by Jointly Learning to Align and
     Translate, 2014, appendix A.1.2. Luong's "concat" score is the same function. All queries at
-    once take B * Q * S * ``hidden_size`` numbers.
+    once take B * Q * S * `hidden_size` numbers.
 
     Args:
         query_size: Dq.
         key_size: Dk.
-        hidden_size: size of v; None takes ``query_size``.
+        hidden_size: size of v; None takes `query_size`.
     """
 
     def __init__(self, query_size: int, key_size: int, hidden_size: int | None = None) -> None:
@@ -219,11 +219,11 @@ class AdditiveAttention(Attention):
         self.energy = nn.Linear(hidden_size, 1, bias=False)
 
     def project(self, keys: Tensor) -> Tensor:
-        """Compute ``U k + b`` [B, S, hidden_size]."""
+        """Compute `U k + b` [B, S, hidden_size]."""
         return self.key(keys)
 
     def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute ``v . tanh(W q + (U k + b))`` [B, Q, S]."""
+        """Compute `v . tanh(W q + (U k + b))` [B, Q, S]."""
         return self.energy(torch.tanh(self.query(query)[:, :, None] + projected[:, None])).squeeze(
             -1
         )

@@ -2,9 +2,9 @@
 
 Dimensions: B rows to decode, W beam width, N hypotheses returned per row, K symbols, L output
 length. A hypothesis is the symbols after the begin symbol, the end symbol included where it was
-reached. With log-probability s and n symbols its score is ``s / penalty(n)``,
-``penalty(n) = ((5 + n) / 6)^alpha`` (Wu et al., Google's Neural Machine Translation System, 2016,
-equation 14); ``alpha`` 0 leaves s itself. Rows do not see each other: which rows share a batch
+reached. With log-probability s and n symbols its score is `s / penalty(n)`,
+`penalty(n) = ((5 + n) / 6)^alpha` (Wu et al., Google's Neural Machine Translation System, 2016,
+equation 14); `alpha` 0 leaves s itself. Rows do not see each other: which rows share a batch
 changes nothing but rounding.
 """
 
@@ -23,12 +23,12 @@ class SearchState(Protocol):
     """What a model carries from one symbol to the next, one entry per row."""
 
     def select(self, rows: Tensor) -> Self:
-        """Keep, repeat or reorder rows; ``rows`` is int64 [N]."""
+        """Keep, repeat or reorder rows; `rows` is int64 [N]."""
 
 
 State = TypeVar("State", bound=SearchState)
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
-"""``step(symbols [N], state) -> (log-probabilities [N, K] of the next symbol, new state)``."""
+"""`step(symbols [N], state) -> (log-probabilities [N, K] of the next symbol, new state)`."""
 
 
 class Hypotheses(NamedTuple):
@@ -66,11 +66,11 @@ def normalise(totals: Tensor, lengths: Tensor, alpha: float) -> Tensor:
 
     Args:
         totals: log-probabilities, any shape.
-        lengths: number of symbols, of a shape that broadcasts to that of ``totals``.
+        lengths: number of symbols, of a shape that broadcasts to that of `totals`.
         alpha: 0 changes nothing; the larger, the better longer hypotheses fare.
 
     Returns:
-        ``totals / ((5 + lengths) / 6)^alpha``.
+        `totals / ((5 + lengths) / 6)^alpha`.
     """
     return totals / ((5.0 + lengths.to(totals.dtype)) / 6.0) ** alpha
 
@@ -146,13 +146,13 @@ def beam_search(
     alpha: float = 0.0,
     early_stop: bool = True,
 ) -> Hypotheses:
-    """Keep the ``beam_size`` most probable hypotheses at each step.
+    """Keep the `beam_size` most probable hypotheses at each step.
 
     At each step all one-symbol extensions of a row's live hypotheses compete, and the best
-    ``beam_size`` are kept. Those that end, by the end symbol or at the row's limit, are finished
-    and compete by score; the others live on. With ``beam_size`` 1 this is greedy search.
+    `beam_size` are kept. Those that end, by the end symbol or at the row's limit, are finished
+    and compete by score; the others live on. With `beam_size` 1 this is greedy search.
 
-    A row stops when nothing that is still alive can enter its ``n_best``. Let s be the
+    A row stops when nothing that is still alive can enter its `n_best`. Let s be the
     log-probability of a live hypothesis, M the row's limit, and let some extension of it finish
     with log-probability s' after n <= M symbols. Each further symbol adds a log-probability <= 0,
     so s' <= s <= 0; the penalty is positive and, for alpha >= 0, does not fall with n. Hence::
@@ -160,7 +160,7 @@ def beam_search(
         s' / penalty(n)  <=  s / penalty(n)  <=  s / penalty(M)
 
     the first step because s' <= s, the second because s <= 0 is divided by something at least as
-    large. Once the ``n_best`` finished hypotheses all score at least max(s) / penalty(M), going on
+    large. Once the `n_best` finished hypotheses all score at least max(s) / penalty(M), going on
     could not change the result: stopping is exact, not a heuristic.
 
     Args:
@@ -170,12 +170,12 @@ def beam_search(
         begin: number of the begin symbol.
         end: number of the end symbol.
         beam_size: W, at least 1.
-        n_best: N, hypotheses to return per row, at most ``beam_size``.
+        n_best: N, hypotheses to return per row, at most `beam_size`.
         alpha: exponent of the length penalty, at least 0.
         early_stop: False searches every row to its limit, with the same result.
 
     Returns:
-        The ``n_best`` finished hypotheses of each row.
+        The `n_best` finished hypotheses of each row.
 
     Raises:
         ValueError: an argument is out of range.

@@ -1,11 +1,20 @@
 """Vocabularies, batches, readers and data modules."""
 
 from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.pairs import PairBatch, PairCodec, PairData, Symbols
 from lightning_modules.data.sources import builtin_files, column, load_rows
+from lightning_modules.data.tagging import TaggingBatch, TaggingCodec, TaggingData
 from lightning_modules.data.vocabulary import Vocabulary
 
 __all__ = [
     "BucketBatchSampler",
+    "PairBatch",
+    "PairCodec",
+    "PairData",
+    "Symbols",
+    "TaggingBatch",
+    "TaggingCodec",
+    "TaggingData",
     "Vocabulary",
     "builtin_files",
     "column",

