@@ -64,7 +64,7 @@ class CLI(LightningCLI):
             return
         try:
             self.config = parser.parse_args(_find_configs(list(args)))
-        except FileNotFoundError as error:
+        except ValueError as error:
             parser.error(str(error))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -77,7 +77,10 @@ class CLI(LightningCLI):
         """Returns the codec of the data, which is the checkpoint's where there is one."""
         if self.checkpoint is not None and hasattr(type(data), "codec"):
             data.codec = self._task().codec_class.from_dict(self.checkpoint["fusedrnn"]["codec"])
-        return getattr(data, "codec", None)
+        try:
+            return getattr(data, "codec", None)
+        except (ValueError, OSError) as error:
+            _fail(error)
 
     def _task(self) -> Any:
         return locate(self.config[self.config.subcommand].model.class_path)
@@ -159,38 +162,42 @@ def predict(args: Sequence[str]) -> None:
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--ckpt_path")
-    peek.add_argument("--task", type=_task_class, default=Task)
+    peek.add_argument("--task", default="lightning_modules.Task")
     peeked = peek.parse_known_args(args)[0]
-    task = peeked.task.load_from_checkpoint(peeked.ckpt_path) if peeked.ckpt_path else None
-
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m fusedrnn.train predict",
-        description="Uses a trained model on raw text, one result for each line. Further options "
-        "depend on the model: --ckpt_path FILE --help lists them.",
-    )
-    parser.add_argument(
-        "--ckpt_path", type=str, required=True, help="a checkpoint of a training run"
-    )
-    parser.add_argument("--input", type=str, default="-", help="a text file, or - for stdin")
-    parser.add_argument("--output", type=str, default="-", help="a file, or - for stdout")
-    parser.add_argument("--task", type=str, help="the class, such as my.Task, if it is your own")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    if task is not None:
-        parser.add_method_arguments(type(task), "predict_lines", skip={"lines"})
-    options = vars(parser.parse_args(list(args)))
-    source, target = options.pop("input"), options.pop("output")
-    device = options.pop("device")
+    if peeked.ckpt_path is None:
+        _predict_parser(Task).parse_args(list(args))  # prints the help, or that it is required
+    task = _task_class(peeked.task).load_from_checkpoint(peeked.ckpt_path)
+    options = vars(_predict_parser(type(task)).parse_args(list(args)))
+    source, target, device = (options.pop(name) for name in ("input", "output", "device"))
     del options["ckpt_path"], options["task"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    task.to(device)
     try:
-        assert task is not None
-        task.to(device)
         with _reading(source) as lines, _writing(target) as file:
             for result in task.predict_lines((line.rstrip("\r\n") for line in lines), **options):
                 print(result, file=file, flush=target == "-")
     except (OSError, UnicodeDecodeError) as error:
         _fail(error)
+
+
+def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m fusedrnn.train predict",
+        description="Uses a trained model on raw text, one result for each line. Further options "
+        "depend on the model: --ckpt_path FILE --help lists them.",
+    )
+    for name, default, text in (
+        ("input", "-", "a text file, or - for stdin"),
+        ("output", "-", "a file, or - for stdout"),
+        ("device", "auto", "auto, cpu, cuda, cuda:1, ..."),
+        ("task", None, "the class of the model, such as my_module.MyTask, if it is your own"),
+    ):
+        parser.add_argument(f"--{name}", type=str, default=default, help=text)
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of a run")
+    if task is not Task:
+        parser.add_method_arguments(task, "predict_lines", skip={"lines"})
+    return parser
 
 
 def _parser_kwargs() -> dict[str, Any]:
@@ -227,12 +234,19 @@ def _find_configs(args: list[str]) -> list[str]:
 
 
 def _find_config(name: str) -> str:
-    if Path(name).is_file():
-        return name
-    if name in packaged_configs():
-        return str(CONFIGS / f"{name}.yaml")
-    known = ", ".join(packaged_configs())
-    raise FileNotFoundError(f"--config: {name!r} is neither a file nor a packaged one ({known})")
+    file = Path(name)
+    if not file.is_file():
+        file = CONFIGS / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(packaged_configs())
+        raise ValueError(f"--config: {name!r} is neither a file nor a packaged one ({known})")
+    try:
+        yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else f"{file}"
+        raise ValueError(f"{place}: {getattr(error, 'problem', error)}") from error
+    return str(file)
 
 
 def _task_class(path: str) -> Any:
@@ -271,7 +285,7 @@ def _quieten() -> None:
     """Silences what Lightning says to every user of a supported setting."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    warnings.filterwarnings("ignore", message="[^a-z]*skip_none parameter was deprecated")
+    warnings.filterwarnings("ignore", message="(?s).*(deprecated in v4|JsonargparseDeprecation)")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
 

@@ -1,6 +1,5 @@
 """What every task shares: optimizer, checkpoint, and the road from raw text to results."""
 
-import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -19,16 +18,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason in one line."""
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint of a `Task` without running any code that it may hold.
 
     Args:
         path: the `.ckpt` file.
-        map_location: where its tensors go, as for `torch.load`.
 
     Returns:
-        Lightning's checkpoint; under `fusedrnn`, what the task needs to be built again: `format`,
-        `task`, `version`, `arguments`, `codec`, `seed`.
+        Lightning's checkpoint, its tensors on the CPU; under `fusedrnn`, what the task needs to be
+        built again: `format`, `task`, `version`, `arguments`, `codec`, `seed`.
 
     Raises:
         CheckpointError: no such file, or it is truncated, unsafe, of another program, or of a later
@@ -37,8 +35,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises whatever it trips over in a broken file
         raise CheckpointError(
             f"{path}: truncated, or not a checkpoint that loads safely"
         ) from error
@@ -95,6 +93,7 @@ class Task(L.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.seed: int | None = None
+        self._plateau_metric: float | None = None
 
     def predict_lines(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
         """Yields one line of result for each line of raw text, in order.
@@ -123,10 +122,13 @@ class Task(L.LightningModule):
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
 
-    def on_train_epoch_start(self) -> None:
-        """Makes the random numbers of this epoch depend on nothing that came before."""
-        assert self.seed is not None
-        torch.manual_seed(self.seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes the random numbers of an epoch depend on nothing that came before it."""
+        if (
+            batch_idx == 0
+        ):  # Lightning has no on_train_epoch_start in the first epoch after a resume
+            seed = self.seed or 0
+            torch.manual_seed(seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_from_checkpoint` needs."""
@@ -137,12 +139,35 @@ class Task(L.LightningModule):
             "arguments": self.arguments,
             "codec": self.codec.to_dict(),
             "seed": self.seed,
+            "plateau_metric": self._pending_plateau_metric(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits this model, and takes over its seed."""
         self.check(checkpoint)
         self.seed = checkpoint["fusedrnn"]["seed"]
+        self._plateau_metric = checkpoint["fusedrnn"]["plateau_metric"]
+
+    def on_train_start(self) -> None:
+        """Takes the plateau step that was due when the checkpoint was written.
+
+        A checkpoint of the end of an epoch is written before that step, and Lightning leaves it out
+        on resuming.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and self._plateau_metric is not None:
+                config.scheduler.step(self._plateau_metric)
+        self._plateau_metric = None
+
+    def _pending_plateau_metric(self) -> float | None:
+        """Returns the metric of an epoch at whose end the plateau schedulers have yet to step."""
+        loop = self.trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        if epoch.started == epoch.completed or not loop.epoch_loop.batch_progress.is_last_batch:
+            return None
+        monitors = [c.monitor for c in self.trainer.lr_scheduler_configs if c.reduce_on_plateau]
+        metric = self.trainer.callback_metrics.get(monitors[0]) if monitors else None
+        return None if metric is None else metric.item()
 
     def check(self, checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> None:
         """Checks that a checkpoint was written by a model like this one.
@@ -174,13 +199,13 @@ class Task(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, path: str | Path, map_location: Any = "cpu"
+        cls, path: str | Path, map_location: torch.device | str = "cpu"
     ) -> Self:
         """Builds a trained model from its checkpoint alone, ready for use (in evaluation mode).
 
         Args:
             path: the `.ckpt` file.
-            map_location: where the weights go, as for `torch.load`.
+            map_location: the device to put the model on.
 
         Returns:
             A model of the class that wrote the checkpoint, which is `cls` or, called on a base
@@ -190,7 +215,7 @@ class Task(L.LightningModule):
             CheckpointError: the file cannot be read (see `read_checkpoint`), or holds a model of
                 another class.
         """
-        checkpoint = read_checkpoint(path, map_location)
+        checkpoint = read_checkpoint(path)
         header = checkpoint["fusedrnn"]
         known = {task.__name__: task for task in _family(cls)}
         task = known.get(header["task"])
@@ -200,7 +225,7 @@ class Task(L.LightningModule):
         model = task(codec=task.codec_class.from_dict(header["codec"]), **header["arguments"])
         model.check(checkpoint, path)
         model.load_state_dict(checkpoint["state_dict"])
-        return model.eval()
+        return model.to(map_location).eval()
 
 
 def _family(task: type[Task]) -> list[type[Task]]:

@@ -9,8 +9,7 @@ class Vocabulary:
     """A list of distinct symbols, numbered from 0, the special ones first.
 
     The special symbols (`<pad>`, `<unk>`, `<bos>`, `<eos>`) have numbers but cannot be reached from
-    text: a word that happens to be spelt `<pad>` is an ordinary word, unknown unless counted as
-    one.
+    text: a word that happens to be spelt `<pad>` is an unknown word.
 
     Args:
         symbols: distinct strings. A list that already starts with a special symbol (one from
@@ -41,10 +40,9 @@ class Vocabulary:
         head = {symbol: i for i, symbol in enumerate(self.symbols[:ordinary])}
         self._numbers = {s: i for i, s in enumerate(self.symbols[ordinary:], start=ordinary)}
         if len(head) + len(self._numbers) != len(self) or head.get("<pad>", 0) != 0:
-            twice = next(
-                (s for s in self.symbols if self.symbols.count(s) > 1), "<pad> (not in first place)"
-            )
-            raise ValueError(f"symbols: expected distinct symbols, got more than one {twice}")
+            twice = [s for s in self.symbols if self.symbols.count(s) > 1]
+            problem = f"more than one {twice[0]}" if twice else "<pad> not in first place"
+            raise ValueError(f"symbols: expected distinct symbols, got {problem}")
         self.pad, self.unk, self.bos, self.eos = (head.get(special) for special in SPECIALS)
 
     @classmethod
