@@ -9,8 +9,9 @@ if not hasattr(_kernels, "CellSpec"):
         "an environment with fusedrnn: uninstall it and reinstall fusedrnn, or use a fresh environment"
     )
 
+from .crf import CRF
 from .recurrent import GRU, LSTM, RNN
 from .stack import RecurrentStack
 
 __version__ = _kernels.__version__
-__all__ = ["GRU", "LSTM", "RNN", "RecurrentStack"]
+__all__ = ["CRF", "GRU", "LSTM", "RNN", "RecurrentStack"]

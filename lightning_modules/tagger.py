@@ -47,6 +47,7 @@ class Tagger(Task):
         recurrent_dropout: of the stack's recurrent products.
         character_dropout: of the character vectors.
         unk_probability: how often a word that occurs once is taken for an unknown one, in training.
+        word_dropout: how often any other word is; its characters stay.
         residual: whether a layer of the stack above the first adds its input to its output.
         layer_norm: whether the input of those layers is normalised.
         head: "crf" or "softmax".
@@ -72,6 +73,7 @@ class Tagger(Task):
         recurrent_dropout: float = 0.0,
         character_dropout: float = 0.0,
         unk_probability: float = 0.5,
+        word_dropout: float = 0.0,
         residual: bool = False,
         layer_norm: bool = False,
         head: Head = "crf",
@@ -89,6 +91,7 @@ class Tagger(Task):
             "recurrent_dropout": recurrent_dropout,
             "character_dropout": character_dropout,
             "unk_probability": unk_probability,
+            "word_dropout": word_dropout,
             "residual": residual,
             "layer_norm": layer_norm,
             "head": head,

@@ -115,6 +115,7 @@ class TaggerModel(nn.Module):
         recurrent_dropout: of the stack's recurrent products.
         character_dropout: of the character vectors.
         unk_probability: how often a rare word is taken for the unknown word, in training.
+        word_dropout: how often any other word is.
         residual: whether a layer of the stack above the first adds its input to its output.
         layer_norm: whether the input of those layers is normalised.
         head: "crf" or "softmax".
@@ -143,6 +144,7 @@ class TaggerModel(nn.Module):
         recurrent_dropout: float = 0.0,
         character_dropout: float = 0.0,
         unk_probability: float = 0.0,
+        word_dropout: float = 0.0,
         residual: bool = False,
         layer_norm: bool = False,
         head: Head = "crf",
@@ -165,6 +167,7 @@ class TaggerModel(nn.Module):
             ("dropout", dropout),
             ("character_dropout", character_dropout),
             ("unk_probability", unk_probability),
+            ("word_dropout", word_dropout),
         ):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
@@ -201,6 +204,7 @@ class TaggerModel(nn.Module):
         self.crf = CRF(len(tags), tags, scheme) if head == "crf" else None
         self.rare = range(num_words if first_rare is None else first_rare, num_words)
         self.unk_probability = unk_probability
+        self.word_dropout = word_dropout
 
     def forward(
         self,
@@ -271,9 +275,10 @@ class TaggerModel(nn.Module):
         return emissions.argmax(-1).masked_fill(steps >= lengths[:, None], PADDING)
 
     def _forget(self, words: Tensor) -> Tensor:
-        """Take some rare words for the unknown word, so that its vector is learnt."""
-        if not self.training or not self.unk_probability:
+        """Take some words for the unknown word: its vector is learnt, and spellings matter more."""
+        if not self.training:
             return words
         rare = (words >= self.rare.start) & (words < self.rare.stop)
-        drawn = torch.rand(words.shape, device=words.device) < self.unk_probability
-        return torch.where(rare & drawn, 1, words)
+        probability = torch.where(rare, self.unk_probability, self.word_dropout)
+        drawn = torch.rand(words.shape, device=words.device) < probability
+        return torch.where(drawn & (words > 0), 1, words)

@@ -387,6 +387,8 @@ class TaggingData(L.LightningDataModule):
         codec = TaggingCodec.from_sentences(
             self.sentences("train"), self.scheme, vectors=vectors, **self._codec_options
         )
+        if self._places["val"] is not None:
+            self.sentences("val")  # so that its faults show before anything is started
         if codec.vectors is not None:
             has = ~codec.vectors[2 : codec.known_words].isnan().any(1)
             rank_zero_info(

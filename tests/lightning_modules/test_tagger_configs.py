@@ -1,0 +1,111 @@
+"""Every packaged configuration of the tagger, on a few sentences of its own kind of data."""
+
+import csv
+from pathlib import Path
+
+import datasets
+import pytest
+
+from fusedrnn.train import main
+
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=3",
+    "--trainer.limit_val_batches=2",
+    "--trainer.limit_test_batches=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+def columns(folder: Path) -> list[str]:
+    (folder / "a.conll").write_text("Ann\tB-PER\nLee\tI-PER\nsaw\tO\n\nRome\tB-LOC\n" * 9)
+    return [f"--data.{split}=a.conll" for split in ("train", "val", "test")]
+
+
+def conllu(folder: Path) -> list[str]:
+    rows = [("1", "We", "PRON"), ("2-3", "can't", "_"), ("2", "ca", "AUX"), ("3", "n't", "PART")]
+    lines = ["\t".join([n, form, "_", tag, *"_" * 6]) for n, form, tag in rows]
+    (folder / "a.conllu").write_text("\n".join([*lines, "", ""]) * 9)
+    return [f"--data.{split}=a.conllu" for split in ("train", "val", "test")]
+
+
+def hub(folder: Path) -> list[str]:
+    """A local file in the place of the dataset on the hub, with its columns."""
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-PER", "I-PER"]))
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags}
+    )
+    rows = {"tokens": [["Ann", "Lee", "ran"]] * 9, "ner_tags": [[1, 2, 0]] * 9}
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "a.parquet")
+    vectors = "\n".join(f"{word} " + " ".join(["0.1"] * 100) for word in ("ann", "bob"))
+    (folder / "vectors.txt").write_text(vectors)
+    places = [f"--data.{split}=a.parquet" for split in ("train", "val", "test")]
+    return ["--data.dataset=null", "--data.vectors=vectors.txt", *places]
+
+
+def builtin(_: Path) -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("config", "source", "score"),
+    [
+        ("pos", builtin, "accuracy"),
+        ("ewt", conllu, "accuracy"),
+        ("ner", columns, "f1"),
+        ("slots", columns, "f1"),
+        ("conll2003", hub, "f1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_config(
+    config: str, source, score: str, tmp_path: Path, monkeypatch, capsys
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    places = source(tmp_path)
+    main(["fit", "--config", config, *QUICK, *places])
+    run = Path("runs") / config / "version_0"
+    assert Path("runs", config, "latest").resolve() == run.resolve()
+    with open(run / "metrics.csv", newline="") as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    expected = {"train/loss", "val/loss", "val/accuracy", f"val/{score}", "train/tokens_per_second"}
+    assert expected <= logged
+    best = str(run / "checkpoints" / "best.ckpt")
+    main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", best])
+    capsys.readouterr()
+    (tmp_path / "in.txt").write_text("Ann saw Rome\n\n", encoding="utf-8")
+    main(["predict", "--ckpt_path", best, "--input", "in.txt", "--tags_only", "true"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert len(first.split()) == 3
+    assert second == ""
+
+
+def test_files_must_be_given(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "ner", *QUICK])
+    assert "train, dataset: expected one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.scheme=BIOES"], "a.conll:4: tag"),
+        (["--data.tag_column=4"], "a.conll:1: no column tag_column = 4"),
+        (["--data.val=absent.conll"], "absent.conll: no such file"),
+        (["--model.hidden_sizes=[0]"], "hidden_sizes: expected positive numbers"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(
+    options: list[str], expected: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = columns(tmp_path)
+    if "BIOES" in options[0]:
+        (tmp_path / "a.conll").write_text("a\tO\nb\tO\n\nc\tX-PER\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "ner", *QUICK, *places, *options])
+    assert expected in capsys.readouterr().err
