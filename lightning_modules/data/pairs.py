@@ -58,7 +58,8 @@ class Symbols:
             return list(text)
         if self.kind == "words":
             return text.split()
-        return [part for part in text.split(self.separator) if part]
+        parts = (part.strip() for part in text.split(self.separator))
+        return [part for part in parts if part]
 
     def join(self, symbols: Sequence[str]) -> str:
         """Puts symbols together to a text."""
