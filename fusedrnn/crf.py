@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from kernels.checks import check_lengths
 
@@ -92,7 +92,9 @@ def _propagate(
     length, runs, batch, num_tags = emissions.shape
     largest = transitions.amax((1, 2), keepdim=True)
     weights = (transitions - largest).exp()
-    states, messages, shifts = [], [], []
+    states: list[Tensor] = []
+    messages: list[Tensor] = []
+    shifts: list[Tensor] = []
     message = boundary[:, None].expand(runs, batch, num_tags)
     for t in range(length):
         if t and linear:
@@ -112,7 +114,7 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         emissions: Tensor,
         transitions: Tensor,
         start: Tensor,
@@ -152,7 +154,7 @@ class _LogPartition(torch.autograd.Function):
         return log_z, marginals
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Weight the marginals of tags, and of pairs of tags, by the gradient of each row."""
         if torch.is_grad_enabled():
             raise RuntimeError("the CRF is differentiable once: create_graph=True needs more")
@@ -223,6 +225,10 @@ class CRF(nn.Module):
         ValueError: `num_tags` < 1, `tags` of another length, or a tag outside the scheme.
     """
 
+    start_forbidden: Tensor
+    transitions_forbidden: Tensor
+    end_forbidden: Tensor
+
     def __init__(
         self, num_tags: int, tags: Sequence[str] | None = None, scheme: str | None = None
     ) -> None:
@@ -240,10 +246,11 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
         self.end = nn.Parameter(torch.empty(num_tags))
-        names = ("start_forbidden", "transitions_forbidden", "end_forbidden")
-        masks = (None, None, None) if scheme is None else allowed_transitions(tags or (), scheme)
-        for name, mask in zip(names, masks, strict=True):
-            self.register_buffer(name, None if mask is None else ~mask, persistent=False)
+        if scheme is not None:
+            start, transitions, end = allowed_transitions(tags or (), scheme)
+            self.register_buffer("start_forbidden", ~start, persistent=False)
+            self.register_buffer("transitions_forbidden", ~transitions, persistent=False)
+            self.register_buffer("end_forbidden", ~end, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -359,13 +366,14 @@ class CRF(nn.Module):
 
     def _scores(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Start, transition and end scores, -inf where the scheme forbids."""
-        parameters = (self.start, self.transitions, self.end)
-        masks = (self.start_forbidden, self.transitions_forbidden, self.end_forbidden)
-        return tuple(
-            parameter.to(dtype)
-            if mask is None
-            else parameter.to(dtype).masked_fill(mask, -math.inf)
-            for parameter, mask in zip(parameters, masks, strict=True)
+        scores = (self.start.to(dtype), self.transitions.to(dtype), self.end.to(dtype))
+        if self.scheme is None:
+            return scores
+        start, transitions, end = scores
+        return (
+            start.masked_fill(self.start_forbidden, -math.inf),
+            transitions.masked_fill(self.transitions_forbidden, -math.inf),
+            end.masked_fill(self.end_forbidden, -math.inf),
         )
 
     def _log_partition(

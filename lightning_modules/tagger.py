@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -138,7 +138,7 @@ class Tagger(Task):
         paths = self.model.decode(emissions, batch.lengths)
         tokens, gold = batch.tokens or [], batch.tag_names or []
         predicted = self._names(paths, batch.lengths)
-        self.scores[stage].update(total, count, paths, batch, predicted)
+        self._scores(stage).update(total, count, paths, batch, predicted)
         if index == 0:
             self._samples = [
                 [" ".join(sentence) for sentence in row]
@@ -147,11 +147,11 @@ class Tagger(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Start to count."""
-        self.scores["val"].reset()
+        self._scores("val").reset()
 
     def on_test_epoch_start(self) -> None:
         """Start to count."""
-        self.scores["test"].reset()
+        self._scores("test").reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation split."""
@@ -166,8 +166,7 @@ class Tagger(Task):
         self._draw("val")
 
     def _report(self, stage: str) -> None:
-        scores = self.scores[stage]
-        values, labels, self._confusion = scores.compute()
+        values, labels, self._confusion = self._scores(stage).compute()
         if self.trainer.sanity_checking:
             return
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
@@ -176,6 +175,9 @@ class Tagger(Task):
         log_table(self, f"{stage}/labels", columns, labels)
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._draw(stage)
+
+    def _scores(self, stage: str) -> Scores:
+        return cast(Scores, self.scores[stage])
 
     def _draw(self, stage: str) -> None:
         if self._confusion is not None:
@@ -221,7 +223,7 @@ class Tagger(Task):
         self.train(was_training)
         return results
 
-    def predict_lines(
+    def predict_lines(  # type: ignore[override]
         self,
         lines: Iterable[str],
         batch_size: int = 32,
@@ -309,8 +311,9 @@ class Scores(nn.Module):
 
     def reset(self) -> None:
         """Start to count anew."""
-        for metric in self.children():
-            metric.reset()
+        for metric in (self.loss, self.accuracy, self.confusion, self.spans):
+            if metric is not None:
+                metric.reset()
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:

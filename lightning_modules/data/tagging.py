@@ -364,7 +364,7 @@ class TaggingData(L.LightningDataModule):
         self.max_length = max_length
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
-        self._codec_options = {
+        self._codec_options: dict[str, Any] = {
             "encoding": encoding,
             "min_count": min_count,
             "lowercase": lowercase,

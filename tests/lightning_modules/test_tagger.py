@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.readers import Sentence
 from lightning_modules.data.tagging import TaggingCodec, TaggingData
-from lightning_modules.data.vectors import Vectors
 from lightning_modules.tagger import Scores, Tagger, confusion_figure, tokenize
 
 SMALL = {
@@ -188,25 +187,25 @@ def test_tags_unseen_in_training_count_as_errors(
 
 def test_vectors_keep_unseen_words_apart_at_prediction(tmp_path: Path) -> None:
     """Words that only the vector file knows are tagged by their vectors, also after loading."""
-    train = [Sentence(["red"], ["COLOUR"]), Sentence(["two"], ["NUMBER"])] * 20
-    table = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
-    vectors = Vectors(["red", "two", "blue", "six"], table)
+    (tmp_path / "train").write_text("red\tCOLOUR\n\ntwo\tNUMBER\n\n" * 20)
+    (tmp_path / "vectors").write_text("red 1 0\ntwo 0 1\nblue 1 0\nsix 0 1\n")
+    place = str(tmp_path / "train")
+    data = TaggingData(train=place, val=place, vectors=str(tmp_path / "vectors"))
     L.seed_everything(0)
-    codec = TaggingCodec.from_sentences(train, vectors=vectors)
     sizes = SMALL | {"word_size": 2, "character_hidden_size": 0}
-    tagger = Tagger(codec, **sizes, freeze_vectors=True, head="softmax")
-    optimizer = torch.optim.Adam(tagger.parameters(), lr=0.05)
-    batch = codec.batch([codec.encode(sentence) for sentence in train])
-    for _ in range(60):
-        optimizer.zero_grad()
-        total, count = tagger.model.loss(tagger(batch), batch.tags, batch.lengths)
-        (total / count).backward()
-        optimizer.step()
-    checkpoint = {"state_dict": tagger.state_dict()}
-    tagger.on_save_checkpoint(checkpoint)
-    path = tmp_path / "vectors.ckpt"
-    torch.save(checkpoint, path)
-    loaded = Tagger.load_from_checkpoint(path)
+    tagger = Tagger(
+        data.codec,
+        **sizes,
+        freeze_vectors=True,
+        head="softmax",
+        unk_probability=0.0,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+    )
+    run = trainer(tmp_path, max_epochs=15)
+    run.fit(tagger, data)
+    run.save_checkpoint(tmp_path / "vectors.ckpt")
+    (tmp_path / "vectors").unlink()
+    loaded = Tagger.load_from_checkpoint(tmp_path / "vectors.ckpt")
     assert [row[0][1] for row in loaded.tag(["blue", "six"])] == ["COLOUR", "NUMBER"]
 
 
