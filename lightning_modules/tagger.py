@@ -26,7 +26,8 @@ UNSEEN = "<unseen>"
 
 Tokenizer = Literal["whitespace", "words"]
 
-SAMPLES = 20
+SAMPLES, SAMPLES_PER_BATCH = 20, 3
+"""Sentences in the table of samples: a few from each batch, since a batch is of like lengths."""
 
 
 class Tagger(Task):
@@ -124,34 +125,32 @@ class Tagger(Task):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.words))
         return loss
 
-    def validation_step(self, batch: TaggingBatch, index: int) -> None:
+    def validation_step(self, batch: TaggingBatch, _: int) -> None:
         """Score a batch of the validation split."""
-        self._evaluate("val", batch, index)
+        self._evaluate("val", batch)
 
-    def test_step(self, batch: TaggingBatch, index: int) -> None:
+    def test_step(self, batch: TaggingBatch, _: int) -> None:
         """Score a batch of the test split."""
-        self._evaluate("test", batch, index)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: TaggingBatch, index: int) -> None:
+    def _evaluate(self, stage: str, batch: TaggingBatch) -> None:
         emissions = self(batch)
         total, count = self.model.loss(emissions, batch.tags, batch.lengths)
         paths = self.model.decode(emissions, batch.lengths)
-        tokens, gold = batch.tokens or [], batch.tag_names or []
         predicted = self._names(paths, batch.lengths)
         self._scores(stage).update(total, count, paths, batch, predicted)
-        if index == 0:
-            self._samples = [
-                [" ".join(sentence) for sentence in row]
-                for row in list(zip(tokens, gold, predicted, strict=True))[:SAMPLES]
-            ]
+        rows = zip(batch.tokens or [], batch.tag_names or [], predicted, strict=True)
+        self._samples += [
+            [" ".join(cell) for cell in row] for row in islice(rows, SAMPLES_PER_BATCH)
+        ]
 
     def on_validation_epoch_start(self) -> None:
         """Start to count."""
-        self._scores("val").reset()
+        self._start("val")
 
     def on_test_epoch_start(self) -> None:
         """Start to count."""
-        self._scores("test").reset()
+        self._start("test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation split."""
@@ -165,12 +164,18 @@ class Tagger(Task):
         """Draw the confusion matrix of the last validation."""
         self._draw("val")
 
+    def _start(self, stage: str) -> None:
+        self._scores(stage).reset()
+        self._samples = []
+
     def _report(self, stage: str) -> None:
         values, labels, self._confusion = self._scores(stage).compute()
         if self.trainer.sanity_checking:
             return
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
-        log_table(self, f"{stage}/samples", ["tokens", "gold", "predicted"], self._samples)
+        log_table(
+            self, f"{stage}/samples", ["tokens", "gold", "predicted"], self._samples[:SAMPLES]
+        )
         columns = ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
         log_table(self, f"{stage}/labels", columns, labels)
         if self.trainer.state.fn != TrainerFn.FITTING:
@@ -201,7 +206,12 @@ class Tagger(Task):
 
         Returns:
             For each sentence its words with their tags; an empty list for one without words.
+
+        Raises:
+            ValueError: `batch_size` < 1, or an unknown tokenizer.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         was_training = self.training
         self.eval()
         rows = [
@@ -243,7 +253,7 @@ class Tagger(Task):
             `word/TAG word/TAG ...` for each line.
         """
         remaining = iter(lines)
-        while chunk := list(islice(remaining, batch_size)):
+        while chunk := list(islice(remaining, max(1, batch_size))):
             for sentence in self.tag(chunk, batch_size, tokenizer):
                 yield " ".join(tag if tags_only else f"{word}/{tag}" for word, tag in sentence)
 

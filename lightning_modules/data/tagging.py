@@ -208,7 +208,7 @@ class TaggingCodec:
         if len(token) > self.max_characters:
             head = self.max_characters // 2
             token = token[:head] + token[head - self.max_characters :]
-        return self.characters.encode(token)
+        return self.characters.encode(token) or [self.characters.index("")]
 
     def encode_tags(self, names: Sequence[str]) -> list[int]:
         """Return the numbers of the tags of a sentence, -100 for one that is not learnt."""

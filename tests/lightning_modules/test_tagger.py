@@ -167,9 +167,11 @@ def test_predict_lines(trained: tuple[Tagger, Path]) -> None:
 
 def test_odd_sentences_are_tagged(trained: tuple[Tagger, Path]) -> None:
     tagger, _ = trained
-    odd = [["x" * 5000], ["漢字", "🙂", "\u200d"], ["Mr"] * 3000, ["<pad>", "<unk>"]]
-    assert [len(row) for row in tagger.tag(odd)] == [1, 3, 3000, 2]
+    odd = [["x" * 5000], ["漢字", "🙂", "\u200d"], ["Mr"] * 3000, ["<pad>", "<unk>", ""]]
+    assert [len(row) for row in tagger.tag(odd)] == [1, 3, 3000, 3]
     assert tagger.tag([]) == []
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        list(tagger.predict_lines(["we"], batch_size=0))
 
 
 def test_tags_unseen_in_training_count_as_errors(
