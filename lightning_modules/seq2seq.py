@@ -193,6 +193,19 @@ class Seq2Seq(Task):
         rows = zip(batch.texts, predictions, batch.references, strict=True)
         self._samples += islice(rows, SAMPLES_PER_BATCH)
 
+    def on_validation_epoch_start(self) -> None:
+        """Starts to count, whatever an interrupted evaluation left."""
+        self._start("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Starts to count, whatever an interrupted evaluation left."""
+        self._start("test")
+
+    def _start(self, stage: str) -> None:
+        self._samples = []
+        for metric in self.scores[stage].values():
+            metric.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Reports what was decoded."""
         self._report("val")
@@ -203,7 +216,7 @@ class Seq2Seq(Task):
 
     def _report(self, stage: str) -> None:
         """Logs sample outputs, alignments and the signature of BLEU."""
-        samples, self._samples = _spread(self._samples, SAMPLES), []
+        samples = _spread(self._samples, SAMPLES)
         if self.trainer.sanity_checking:
             return
         join = self.codec.target_symbols.join

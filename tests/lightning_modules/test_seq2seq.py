@@ -1,0 +1,387 @@
+"""Sequence-to-sequence as a whole: learns, scores, is stored, and translates raw text."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import lightning as L
+import pytest
+import sacrebleu
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn.functional import cross_entropy, one_hot
+
+from fusedrnn.train import main
+from lightning_modules.base import CheckpointError, Task
+from lightning_modules.data.pairs import PairCodec, PairData, Symbols
+from lightning_modules.seq2seq import Seq2Seq, alignment_figure
+from lightning_modules.text_metrics import edit_distance
+
+SMALL = {"embedding_size": 12, "encoder_sizes": [16], "decoder_sizes": [32]}
+
+
+def pairs(count: int, seed: int) -> list[tuple[str, str]]:
+    """Words of made-up letters, and as their sounds the letters doubled in upper case."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdef", k=draw.randint(1, 5))) for _ in range(count)]
+    return [(word, " ".join(2 * letter.upper() for letter in word)) for word in words]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pairs")
+    places = {}
+    for seed, split in enumerate(("train", "val", "test")):
+        rows = pairs(400 if split == "train" else 60, seed)
+        lines = ["source\ttarget", *("\t".join(row) for row in rows)]
+        places[split] = str(folder / f"{split}.tsv")
+        Path(places[split]).write_text("\n".join(lines), encoding="utf-8")
+    return places
+
+
+def make_data(files: dict[str, str], **arguments) -> PairData:
+    return PairData(**files, source_symbols="characters", **{"batch_size": 16, **arguments})
+
+
+def make_model(codec: PairCodec, seed: int = 0, **arguments) -> Seq2Seq:
+    torch.manual_seed(seed)
+    return Seq2Seq(codec, **{**SMALL, "score": "per", **arguments})
+
+
+def make_trainer(folder: Path, **options) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="", version=""),
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"num_sanity_val_steps": 0, "log_every_n_steps": 1, **options},
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = make_data(files)
+    model = make_model(data.codec, optimizer=lambda p: torch.optim.Adam(p, 0.01))
+    options = {"check_val_every_n_epoch": 4, "num_sanity_val_steps": 1}
+    trainer = make_trainer(folder, max_epochs=12, **options)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(folder / "model.ckpt")
+    return model, data, trainer, folder
+
+
+def test_it_learns_and_logs(fitted):
+    _, _, trainer, folder = fitted
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["val/per"] < 0.05
+    assert logged["val/accuracy"] > 0.95
+    with open(folder / "metrics.csv") as file:
+        columns = next(csv.reader(file))
+    names = {"train/loss", "val/loss", "val/accuracy", "val/per", "val/wer"}
+    assert names <= set(columns)
+
+
+def test_scores_are_those_of_the_rows_one_by_one(fitted, tmp_path):
+    model, data, _, _ = fitted
+    rough = make_model(data.codec, seed=3)
+    rough.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in rough.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    (scores,) = make_trainer(tmp_path).test(rough, data, verbose=False)
+    rough.eval()
+    total = symbols = right = edits = length = wrong = 0
+    with torch.no_grad():
+        for word, sounds in data.pairs("test"):
+            source = torch.tensor([data.codec.encode_source(word)])
+            target = torch.tensor([data.codec.encode_target(sounds)])
+            logits, _ = rough(source, torch.tensor([source.shape[1]]), target[:, :-1])
+            total += float(cross_entropy(logits[0], target[0, 1:], reduction="sum"))
+            right += int((logits[0].argmax(-1) == target[0, 1:]).sum())
+            symbols += target.shape[1] - 1
+            distance = edit_distance(rough.translate([word])[0].split(), sounds.split())
+            edits, length, wrong = edits + distance, length + len(word), wrong + (distance > 0)
+    assert 0 < edits < 2 * length
+    assert scores["test/loss"] == pytest.approx(total / symbols, rel=1e-5)
+    assert scores["test/accuracy"] == pytest.approx(right / symbols, abs=1e-6)
+    assert scores["test/per"] == pytest.approx(edits / length)
+    assert scores["test/wer"] == pytest.approx(wrong / len(data.pairs("test")))
+
+
+def test_two_processes_score_as_one(fitted, tmp_path):
+    model, data, _, _ = fitted
+    rough = make_model(data.codec, seed=4, encoder_sizes=[8])
+    one = make_trainer(tmp_path / "one", devices=1)
+    two = make_trainer(tmp_path / "two", devices=2, strategy="ddp_fork")
+    for trained in (model, rough):
+        alone = one.test(trained, data, verbose=False)
+        assert two.test(trained, data, verbose=False) == alone
+
+
+def test_samples_and_alignments_are_reported(fitted):
+    _, data, trainer, folder = fitted
+    tables = sorted((folder / "media" / "val").glob("samples_*.csv"))
+    assert len(tables) == 3, "one for each validation, none for the sanity check"
+    with open(tables[-1]) as file:
+        rows = list(csv.DictReader(file))
+    assert 15 <= len(rows) <= 20
+    known = dict(data.pairs("val"))
+    assert all(row["references"] == known[row["source"]] for row in rows)
+    drawn = list((folder / "media" / "val").glob(f"alignment_*_{trainer.global_step}.png"))
+    assert len(drawn) == 4
+
+
+def test_alignment_figure_names_the_symbols():
+    figure = alignment_figure(torch.rand(3, 2), ["c", "h"], ["CH", "x", "<eos>"])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["c", "h"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["CH", "x", "<eos>"]
+    assert axes.get_images()[0].get_array().shape == (3, 2)
+
+
+def test_checkpoint_needs_nothing_else(fitted):
+    model, _, _, folder = fitted
+    words = ["abc", "fed", "a"]
+    for cls in (Seq2Seq, Task):
+        again = cls.load_from_checkpoint(folder / "model.ckpt")
+        assert isinstance(again, Seq2Seq) and not again.training
+        assert again.translate(words) == model.translate(words) == ["AA BB CC", "FF EE DD", "AA"]
+    torch.save({"state_dict": {}}, folder / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of fusedrnn"):
+        Seq2Seq.load_from_checkpoint(folder / "foreign.ckpt")
+
+
+def test_arguments_round_trip(fitted):
+    model, data, _, _ = fitted
+    again = Seq2Seq(PairCodec.from_dict(data.codec.to_dict()), **model.arguments)
+    again.load_state_dict(model.state_dict())
+    assert again.arguments == model.arguments
+
+
+WORDS = st.text(alphabet="abcdefgz", min_size=0, max_size=7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    words=st.lists(WORDS, min_size=1, max_size=7), size=st.integers(1, 8), beam=st.integers(1, 3)
+)
+def test_company_changes_no_translation(fitted, words, size, beam):
+    model = fitted[0]
+    together = model.translate(words, beam_size=beam, batch_size=size)
+    assert together == [model.translate([word], beam_size=beam)[0] for word in words]
+    assert all(result == "" for word, result in zip(words, together, strict=True) if not word)
+    assert list(model.predict_lines(words, beam_size=beam, batch_size=size)) == together
+
+
+def test_n_best_come_with_their_scores(fitted):
+    model, data, _, _ = fitted
+    ((*results,),) = model.translate(["abz"], beam_size=4, n_best=3, length_penalty=0.7)
+    assert len({text for text, _ in results}) == 3
+    assert [s for _, s in results] == sorted((s for _, s in results), reverse=True)
+    for text, score in results:
+        target = torch.tensor([data.codec.encode_target(text)])
+        source = torch.tensor([data.codec.encode_source("abz")])
+        with torch.no_grad():
+            logits, _ = model.eval()(source, torch.tensor([3]), target[:, :-1])
+        total = -cross_entropy(logits[0], target[0, 1:], reduction="sum")
+        length = target.shape[1] - 1
+        assert score == pytest.approx(float(total) / ((5 + length) / 6) ** 0.7, rel=1e-4)
+    (line,) = model.predict_lines(["abz"], beam_size=4, n_best=3, length_penalty=0.7)
+    cells = line.split("\t")
+    assert cells[::2] == [text for text, _ in results]
+    assert [float(cell) for cell in cells[1::2]] == pytest.approx([s for _, s in results], abs=1e-4)
+
+
+def test_translate_leaves_the_mode_as_it_was(fitted):
+    model = fitted[0]
+    for mode in (True, False):
+        model.train(mode)
+        model.translate(["abc"])
+        assert model.training is mode
+    model.eval()
+
+
+def test_special_symbols_are_never_written(fitted):
+    _, data, _, _ = fitted
+    eager = make_model(data.codec)
+    target = data.codec.target
+    with torch.no_grad():
+        eager.model.output.bias[[target.pad, target.unk, target.bos]] = 50.0
+    for beam in (1, 3):
+        for result in eager.translate(["abc", "f"], beam_size=beam):
+            assert not {"<pad>", "<unk>", "<bos>", "<eos>"} & set(result.split())
+
+
+def test_output_length_is_bounded(fitted):
+    _, data, _, _ = fitted
+    endless = make_model(data.codec, max_length_ratio=1.5, max_length_extra=2)
+    with torch.no_grad():
+        endless.model.output.bias[data.codec.target.eos] = -50.0
+    for beam in (1, 2):
+        found = endless.translate(["abcd", "a"], beam_size=beam)
+        assert [len(text.split()) for text in found] == [8, 3]
+
+
+def test_alignments_have_a_row_per_symbol(fitted):
+    model = fitted[0]
+    long, short = model.alignments(["abcde", "fa"], ["AA BB CC DD EE", "FF AA"])
+    assert long.shape == (6, 5) and short.shape == (3, 2)
+    torch.testing.assert_close(short.sum(-1), torch.ones(3))
+    assert long.argmax(-1).tolist()[:5] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="no empty text"):
+        model.alignments([""], ["AA"])
+    blind = make_model(model.codec, attention="none")
+    with pytest.raises(ValueError, match="has no attention"):
+        blind.alignments(["a"], ["AA"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention": "none", "cell": "gru"},
+        {"attention": "additive", "input_feeding": True, "decoder_sizes": [8, 8]},
+        {"sampling_probability": 0.5, "sampling_steps": 4, "tied_embeddings": True},
+    ],
+    ids=["plain", "input-feeding", "sampling"],
+)
+def test_every_variant_trains_and_translates(files, tmp_path, arguments):
+    data = make_data(files)
+    model = make_model(data.codec, **arguments)
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_train_batches=5, limit_val_batches=2)
+    trainer.fit(model, data)
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    assert len(model.translate(["abc", "d"], beam_size=2)) == 2
+
+
+def test_sampling_probability_grows(files, tmp_path, monkeypatch):
+    data = make_data(files)
+    model = make_model(data.codec, sampling_probability=0.8, sampling_steps=4)
+    forward, used = model.model.forward, []
+
+    def record(source, lengths, target, probability=0.0):
+        if model.training:
+            used.append(probability)
+        return forward(source, lengths, target, probability)
+
+    monkeypatch.setattr(model.model, "forward", record)
+    options = {"limit_train_batches": 3, "limit_val_batches": 1}
+    make_trainer(tmp_path, max_epochs=2, **options).fit(model, data)
+    assert used == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 0.8])
+
+
+def test_label_smoothing_is_its_formula(fitted):
+    model, data, _, _ = fitted
+    size = len(data.codec.target)
+    logits = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[2, 5, 3, 0], [2, 4, 6, 3]])
+    gold = 0.9 * one_hot(target[:, 1:], size) + 0.1 / size
+    losses = -(gold * logits.log_softmax(-1)).sum(-1)
+    expected = losses[target[:, 1:] != 0].mean()
+    torch.testing.assert_close(model._loss(logits, target, 0.1), expected)
+
+
+@pytest.mark.parametrize("lowercase", [False, True], ids=["cased", "lowercased"])
+def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
+    draw = random.Random(0)
+    nouns = ["the cat", "A dog", "my house", "Paris", "it's me"]
+    sources = [" ".join(draw.choices(nouns, k=draw.randint(2, 4))) + " ." for _ in range(200)]
+    for name in ("en", "de"):
+        (tmp_path / name).write_text("\n".join(sources))
+    places = [str(tmp_path / "en"), str(tmp_path / "de")]
+    data = PairData(train=places, val=places, test=places, lowercase=lowercase, batch_size=20)
+    model = make_model(data.codec, score="bleu", optimizer=lambda p: torch.optim.Adam(p, 0.01))
+    trainer = make_trainer(tmp_path, max_epochs=4)
+    trainer.fit(model, data)
+    (scores,) = trainer.test(model, data, verbose=False)
+    metric = sacrebleu.BLEU(lowercase=lowercase)
+    expected = metric.corpus_score(model.translate(sources), [sources]).score
+    assert 1 < expected < 100
+    assert scores["test/bleu"] == pytest.approx(expected, rel=1e-6)
+    (table,) = (tmp_path / "media" / "test").glob("bleu_*.csv")
+    with open(table) as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["bleu"]) == pytest.approx(expected)
+    assert row["signature"] == str(metric.get_signature())
+    assert ("case:lc" in row["signature"]) == lowercase
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= label_smoothing < 1, got 1.0"),
+        ({"sampling_probability": -0.1}, "sampling_probability: expected 0 <="),
+        ({"score": "rouge"}, "score: expected per or bleu, got 'rouge'"),
+        ({"max_length_extra": 0}, "max_length_ratio, max_length_extra: expected at least 0 and 1"),
+        ({"encoder_sizes": [0]}, "encoder_sizes must be one or more positive sizes"),
+    ],
+    ids=["smoothing", "sampling", "score", "length", "sizes"],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    codec = PairCodec.from_pairs([("a", "b")], Symbols(), Symbols())
+    with pytest.raises(ValueError, match=message):
+        Seq2Seq(codec, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.translate("abc"), "expected a list of texts, got a single string"),
+        (lambda m: m.translate(["a"], beam_size=2, n_best=3), "n_best=3, beam_size=2"),
+        (lambda m: m.translate(["a"], beam_size=0), "n_best=1, beam_size=0"),
+        (lambda m: m.translate(["a"], batch_size=0), "batch_size: expected at least 1, got 0"),
+        (lambda m: m.translate(["a"], length_penalty=-1.0), "alpha must be at least 0"),
+    ],
+    ids=["string", "n-best", "beam", "batch", "penalty"],
+)
+def test_wrong_requests_are_named(fitted, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(fitted[0])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["g2p", "g2p_full", "translation"])
+def test_packaged_configs_run(here, files, name):
+    """Every setting as shipped, except that files stand in for the hub and the CPU for the GPU."""
+    data = []
+    if name == "translation":
+        rows = [{"translation": {"en": s, "fr": t}} for s, t in pairs(40, 0)]
+        (here / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        data = ["--data.dataset=null", "--data.config=null", "--data.max_tokens=40"]
+        data += [f"--data.{split}={here / 't.jsonl'}" for split in ("train", "val")]
+    cli = main(
+        [
+            *("fit", "--config", name, *data),
+            *("--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"),
+            *("--trainer.precision", "32-true", "--data.batch_size", "4"),
+        ]
+    )
+    assert isinstance(cli.model, Seq2Seq) and isinstance(cli.datamodule, PairData)
+    assert torch.isfinite(cli.trainer.callback_metrics["val/loss"])
+    assert f"val/{cli.model.score}" in cli.trainer.callback_metrics
+
+
+def test_command_line_from_training_to_use(here, files):
+    """Trains from a table, tests the best checkpoint, resumes, and reads raw text."""
+    common = ["--config", "g2p", "--data.dataset=null", "--trainer.accelerator=cpu"]
+    common += [f"--data.{split}={place}" for split, place in files.items()]
+    common += ["--model.encoder_sizes=[16]", "--model.decoder_sizes=[32]"]
+    main(["fit", *common, "--trainer.max_epochs=2", "--data.batch_size=16"])
+    best = "runs/g2p/latest/checkpoints/best.ckpt"
+    assert Path(best).is_file()
+    cli = main(["test", *common, "--ckpt_path", best])
+    scores = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
+    assert {"test/loss", "test/accuracy", "test/per", "test/wer"} <= set(scores)
+    Path("words.txt").write_text("abc\n\nzz\n")
+    main(["predict", "--ckpt_path", best, "--input", "words.txt", "--output", "out.txt"])
+    lines = Path("out.txt").read_text().split("\n")
+    expected = Seq2Seq.load_from_checkpoint(best).translate(["abc", "", "zz"])
+    assert lines == [*expected, ""] and lines[1] == ""
