@@ -4,12 +4,12 @@ import kernels as _kernels
 
 if not hasattr(_kernels, "CellSpec"):
     raise ImportError(
-        f"fusedrnn needs its own package 'kernels', but {getattr(_kernels, '__file__', None)} is "
-        "another one; Hugging Face's distribution 'kernels' has the same import name and cannot share "
-        "an environment with fusedrnn: uninstall it and reinstall fusedrnn, or use a fresh environment"
+        "fusedrnn needs its own package 'kernels', but found another one at "
+        f"{getattr(_kernels, '__file__', None)}; Hugging Face's distribution 'kernels' has the same "
+        "import name and cannot share an environment with fusedrnn: uninstall it and reinstall "
+        "fusedrnn, or use a fresh environment"
     )
 
-from .crf import CRF
 from .recurrent import GRU, LSTM, RNN
 from .stack import RecurrentStack
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from .philox import recurrent_mask, zoneout_masks
 from .spec import CELLS, LAYER_NORM_EPS, CellSpec
 
-
 State = tuple[Tensor, ...]
 Recur = Callable[[Tensor, int], Tensor]
 """`recur(h, gate)` -> the recurrent part of one gate block, [B, H], or, for gate -1, of all."""

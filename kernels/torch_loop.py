@@ -1,9 +1,9 @@
 """Every cell in plain torch operations, the backward through time written out: the CPU path.
 
-The time loop is written once; a cell is a pair of functions, a step and its gradient, that fill buffers in
-place. Matrix products that need no order in time (the input's, and those of all weight gradients)
-are outside the loop. Rows are sorted by length, so that a step works on the first n rows, those that are
-that long, and padding costs nothing.
+The time loop is written once; a cell is a pair of functions, a step and its gradient, that fill
+buffers in place. Matrix products that need no order in time (the input's, and those of all weight
+gradients) are outside the loop. Rows are sorted by length, so that a step works on the first n
+rows, those that are that long, and padding costs nothing.
 
 Buffers of states have T + 1 slots in the order of time: the step at t reads slot t and writes slot
 t + 1, or in the reverse direction reads t + 1 and writes t.
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
     Attributes:
         gates: activated gates [..., G*H].
-        apart: the recurrent part that the cell keeps apart from the gates, [..., n*H].
+        apart: what the cell keeps besides the gates, [..., n*H].
         seen: h_{t-1} as the recurrent product sees it, [..., P].
         prev: the states at t - 1.
     """
@@ -55,8 +55,22 @@ class Saved(NamedTuple):
     prev: State
 
 
+class Grads(NamedTuple):
+    """What the gradient of a step fills, at one time or at all times.
+
+    Attributes:
+        gates: gradient of the gates before activation, which is that of the input part, [..., G*H].
+        apart: gradient of what was kept apart, [..., n*H].
+        params: gradient of each extra parameter so far, row by row, [B, n*H].
+    """
+
+    gates: Tensor
+    apart: Tensor
+    params: Sequence[Tensor]
+
+
 def _tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """grad * (1 - y^2)."""
+    """Gradient through y = tanh(.): grad (1 - y^2)."""
     return torch.addcmul(grad, grad * y, y, value=-1, out=out)
 
 
@@ -65,9 +79,9 @@ def _rnn_tanh(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w
 
 
 def _rnn_tanh_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    return _tanh_grad(dh, s.gates, out=dz) @ w.hh, None
+    return _tanh_grad(dh, s.gates, out=d.gates) @ w.hh, None
 
 
 def _rnn_relu(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
@@ -75,9 +89,9 @@ def _rnn_relu(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w
 
 
 def _rnn_relu_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    return torch.mul(dh, s.gates > 0, out=dz) @ w.hh, None
+    return torch.mul(dh, s.gates > 0, out=d.gates) @ w.hh, None
 
 
 def _update_cell(z: Tensor, c_prev: Tensor, out: Tensor) -> Tensor:
@@ -106,23 +120,26 @@ def _lstm(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: We
     c = _update_cell(z, prev[1], out=new[1])
     if w.params:
         o.addcmul_(c, w.params[2])
-    torch.mul(o.sigmoid_(), torch.tanh(c), out=new[0])
+    torch.mul(o.sigmoid_(), torch.tanh(c, out=apart), out=new[0])
 
 
 def _lstm_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
     i, f, g, o = s.gates.chunk(4, 1)
-    di, df, _, do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=dz).chunk(4, 1)
-    tanh_c = (f * s.prev[1]).addcmul_(i, g).tanh_()
+    di, df, _, do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)
+    c_prev, tanh_c = s.prev[1], s.apart
     do.mul_(tanh_c).mul_(dh)
     dc.add_(_tanh_grad(dh * o, tanh_c))
     if w.params:
         dc.addcmul_(do, w.params[2])
-    _gates_grad(dz, dc, s)
+        d.params[2].addcmul_(do, (f * c_prev).addcmul_(i, g))
+    _gates_grad(d.gates, dc, s)
     if w.params:
         dc.addcmul_(di, w.params[0]).addcmul_(df, w.params[1])
-    return dz @ w.hh, None
+        d.params[0].addcmul_(di, c_prev)
+        d.params[1].addcmul_(df, c_prev)
+    return d.gates @ w.hh, None
 
 
 def _layer_norm(
@@ -152,19 +169,19 @@ def _lstm_layernorm(
 
 
 def _lstm_layernorm_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
     _, ln_hh, ln_c, ln_c_bias = w.params
-    sizes = (dz.shape[1], dc.shape[1])
-    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, 1), dapart.split(sizes, 1)
+    sizes = (d.gates.shape[1], dc.shape[1])
+    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, 1), d.apart.split(sizes, 1)
     o = s.gates.chunk(4, 1)[3]
-    do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=dz).chunk(4, 1)[3]
+    do = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)[3]
     tanh_c = torch.tanh(_layer_norm(cell, ln_c, ln_c_bias)[0])
     do.mul_(tanh_c).mul_(dh)
     _tanh_grad(dh * o, tanh_c, out=dnormed)
     dc.add_(_layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (True, False, False))[0])
-    _gates_grad(dz, dc, s)
-    drecurrent.copy_(_layer_norm_grad(dz, recurrent, ln_hh, None, (True, False, False))[0])
+    _gates_grad(d.gates, dc, s)
+    drecurrent.copy_(_layer_norm_grad(d.gates, recurrent, ln_hh, None, (True, False, False))[0])
     return drecurrent @ w.hh, None
 
 
@@ -189,15 +206,15 @@ def _interpolation_grad(dz: Tensor, dh: Tensor, s: Saved) -> tuple[Tensor, Tenso
 
 
 def _gru_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
     size = dh.shape[1]
-    r = s.gates[:, :size]
-    dn, direct = _interpolation_grad(dz, dh, s)
-    torch.mul(dn, r, out=dapart)
-    reset = dapart * s.apart
-    torch.addcmul(reset, reset, r, value=-1, out=dz[:, :size])
-    return (dz[:, : 2 * size] @ w.hh[: 2 * size]).addmm_(dapart, w.hh[2 * size :]), direct
+    r, dboth = s.gates[:, :size], d.gates[:, : 2 * size]
+    dn, direct = _interpolation_grad(d.gates, dh, s)
+    torch.mul(dn, r, out=d.apart)
+    reset = d.apart * s.apart
+    torch.addcmul(reset, reset, r, value=-1, out=dboth[:, :size])
+    return (dboth @ w.hh[: 2 * size]).addmm_(d.apart, w.hh[2 * size :]), direct
 
 
 def _gru_reset_before(
@@ -211,15 +228,15 @@ def _gru_reset_before(
 
 
 def _gru_reset_before_grad(
-    dz: Tensor, dapart: Tensor, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
     size = dh.shape[1]
-    r = s.gates[:, :size]
-    dn, direct = _interpolation_grad(dz, dh, s)
+    r, dboth = s.gates[:, :size], d.gates[:, : 2 * size]
+    dn, direct = _interpolation_grad(d.gates, dh, s)
     dseen = (dn @ w.hh[2 * size :]).mul_(r)
     reset = dseen * s.seen
-    torch.addcmul(reset, reset, r, value=-1, out=dz[:, :size])
-    return dseen.addmm_(dz[:, : 2 * size], w.hh[: 2 * size]), direct
+    torch.addcmul(reset, reset, r, value=-1, out=dboth[:, :size])
+    return dseen.addmm_(dboth, w.hh[: 2 * size]), direct
 
 
 WeightGrads = tuple[Tensor, Tensor | None, list[Tensor | None]]
@@ -230,38 +247,30 @@ def _product_grad(dz: Tensor, seen: Tensor) -> Tensor:
     return dz.flatten(0, 1).t() @ seen.flatten(0, 1)
 
 
-def _weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
-    return _product_grad(dz, s.seen), None, []
+def _weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
+    return _product_grad(d.gates, s.seen), None, [p.sum(0) for p in d.params]
 
 
-def _lstm_peephole_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
-    i, f, g, _ = s.gates.chunk(4, -1)
-    di, df, _, do = dz.chunk(4, -1)
-    c_prev = s.prev[1]
-    c = (f * c_prev).addcmul_(i, g)
-    peepholes = [(d * c).sum((0, 1)) for d, c in ((di, c_prev), (df, c_prev), (do, c))]
-    return _product_grad(dz, s.seen), None, peepholes
-
-
-def _lstm_layernorm_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+def _lstm_layernorm_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
     _, ln_hh, ln_c, ln_c_bias = w.params
-    sizes = (dz.shape[-1], s.prev[1].shape[-1])
-    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, -1), dapart.split(sizes, -1)
-    _, gain_hh, _ = _layer_norm_grad(dz, recurrent, ln_hh, None, (False, True, False))
+    sizes = (d.gates.shape[-1], s.prev[1].shape[-1])
+    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, -1), d.apart.split(sizes, -1)
+    _, gain_hh, _ = _layer_norm_grad(d.gates, recurrent, ln_hh, None, (False, True, False))
     _, gain_c, bias_c = _layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (False, True, True))
     return _product_grad(drecurrent, s.seen), None, [None, gain_hh, gain_c, bias_c]
 
 
-def _gru_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
-    size = dapart.shape[-1]
-    both = [_product_grad(d, s.seen) for d in (dz[..., : 2 * size], dapart)]
-    return torch.cat(both), None if w.hn is None else dapart.sum((0, 1)), []
+def _gru_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
+    both = d.gates[..., : 2 * d.apart.shape[-1]]
+    dw = torch.cat([_product_grad(part, s.seen) for part in (both, d.apart)])
+    return dw, None if w.hn is None else d.apart.sum((0, 1)), []
 
 
-def _gru_reset_before_weight_grads(dz: Tensor, dapart: Tensor, s: Saved, w: Weights) -> WeightGrads:
+def _gru_reset_before_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
     size = s.seen.shape[-1]
-    reset = _product_grad(dz[..., 2 * size :], s.gates[..., :size] * s.seen)
-    return torch.cat([_product_grad(dz[..., : 2 * size], s.seen), reset]), None, []
+    both, dn = d.gates.split((2 * size, size), -1)
+    reset = _product_grad(dn, s.gates[..., :size] * s.seen)
+    return torch.cat([_product_grad(both, s.seen), reset]), None, []
 
 
 @dataclass(frozen=True)
@@ -269,25 +278,25 @@ class Cell:
     """A cell's step and gradient.
 
     Attributes:
-        step: (gates, seen, prev, new, apart, weights): turns the input part of the gates into the activated
-            gates, fills `new` and `apart`.
-        grad: (dgates, dapart, dh, dc, saved, weights): fills `dgates` and `dapart`, turns dc_t into
-            dc_{t-1}, and returns the gradients of `seen` and of h_{t-1} where it is used directly.
-        weight_grads: (dgates, dapart, saved, weights), all times at once: the gradients of the weights.
+        step: (gates, seen, prev, new, apart, weights): turns the input part of the gates into the
+            activated gates, fills `new` and `apart`.
+        grad: (grads, dh, dc, saved, weights): fills `grads`, turns dc_t into dc_{t-1}, and returns
+            the gradients of `seen` and of h_{t-1} where the cell uses it directly.
+        weight_grads: (grads, saved, weights), all times at once: the gradients of the weights.
         apart: n, the width of `apart` as a multiple of H.
     """
 
     step: Callable[[Tensor, Tensor, State, State, Tensor, Weights], None]
-    grad: Callable[[Tensor, Tensor, Tensor, Tensor, Saved, Weights], tuple[Tensor, Tensor | None]]
-    weight_grads: Callable[[Tensor, Tensor, Saved, Weights], WeightGrads] = _weight_grads
+    grad: Callable[[Grads, Tensor, Tensor, Saved, Weights], tuple[Tensor, Tensor | None]]
+    weight_grads: Callable[[Grads, Saved, Weights], WeightGrads] = _weight_grads
     apart: int = 0
 
 
 STEPS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn_tanh, _rnn_tanh_grad),
     "rnn_relu": Cell(_rnn_relu, _rnn_relu_grad),
-    "lstm": Cell(_lstm, _lstm_grad),
-    "lstm_peephole": Cell(_lstm, _lstm_grad, _lstm_peephole_weight_grads),
+    "lstm": Cell(_lstm, _lstm_grad, apart=1),
+    "lstm_peephole": Cell(_lstm, _lstm_grad, apart=1),
     "lstm_layernorm": Cell(
         _lstm_layernorm, _lstm_layernorm_grad, _lstm_layernorm_weight_grads, apart=5
     ),
@@ -307,8 +316,8 @@ class Options(NamedTuple):
         lengths: valid steps of each row, longest first, int64 [B], or None.
         counts: for each time, how many rows are that long.
         mask: what the recurrent product multiplies h with, [B, P], or None.
-        update: for h and c, the part of a new value that zoneout takes, [T, B, size] or a number; empty
-            without zoneout.
+        update: for h and c, the part of a new value that zoneout takes, [T, B, size] or a number;
+            empty without zoneout.
     """
 
     cell: str
@@ -331,9 +340,18 @@ class Options(NamedTuple):
         """Memory for all times, zero where a step may not write it."""
         return like.new_empty(shape) if self.lengths is None else like.new_zeros(shape)
 
-    def zoneout(self, t: int, n: int) -> list[Tensor | float]:
-        """The part of each new state that is taken at time t."""
-        return [u if isinstance(u, float) else u[t, :n] for u in self.update]
+    def rows(self, tensor: Tensor) -> Sequence[Tensor]:
+        """For each time of [T, B, ...], the rows that are that long."""
+        times = tensor.unbind(0)
+        if self.lengths is None:
+            return times
+        return [rows[:n] for rows, n in zip(times, self.counts, strict=True)]
+
+    def zoneout(self) -> Sequence[Sequence[Tensor | float]]:
+        """For each time, the part of each new state that is taken."""
+        steps = len(self.counts)
+        parts = ([u] * steps if isinstance(u, float) else self.rows(u) for u in self.update)
+        return list(zip(*parts, strict=True)) or [()] * steps
 
 
 class _Recurrence(torch.autograd.Function):
@@ -364,16 +382,20 @@ class _Recurrence(torch.autograd.Function):
         before, after = zip(*(options.before_and_after(s) for s in states), strict=True)
         apart = options.buffer(gates, steps, batch, cell.apart * hidden)
         unprojected = None if w_hr is None else options.buffer(gates, steps, batch, hidden)
+        z, kept = options.rows(gates), options.rows(apart)
+        old, new = (list(zip(*map(options.rows, s), strict=True)) for s in (before, after))
+        raw = None if w_hr is None else options.rows(unprojected)
+        parts = options.zoneout()
         for t in options.order():
-            n = options.counts[t]
-            prev, new = tuple(s[t, :n] for s in before), tuple(s[t, :n] for s in after)
-            seen = prev[0] if options.mask is None else prev[0] * options.mask[:n]
-            out = new if w_hr is None else (unprojected[t, :n], *new[1:])
-            cell.step(gates[t, :n], seen, prev, out, apart[t, :n], weights)
+            seen = old[t][0]
+            if options.mask is not None:
+                seen = seen * options.mask[: options.counts[t]]
+            out = new[t] if w_hr is None else (raw[t], *new[t][1:])
+            cell.step(z[t], seen, old[t], out, kept[t], weights)
             if w_hr is not None:
-                torch.mm(out[0], w_hr.t(), out=new[0])
-            for part, fresh, old in zip(options.zoneout(t, n), new, prev, strict=False):
-                torch.lerp(old, fresh, part, out=fresh)
+                torch.mm(raw[t], w_hr.t(), out=new[t][0])
+            for part, fresh, stale in zip(parts[t], new[t], old[t], strict=False):
+                torch.lerp(stale, fresh, part, out=fresh)
         ctx.save_for_backward(gates, apart, unprojected, w_hh, b_hn, w_hr, *states, *params)
         ctx.options, ctx.count = options, count
         ctx.set_materialize_grads(False)
@@ -402,53 +424,57 @@ class _Recurrence(torch.autograd.Function):
             torch.zeros_like(s[0]) if d is None else d.clone()
             for s, d in zip(states, dfinal, strict=True)
         ]
-        dgates, dapart = options.buffer(gates, *gates.shape), options.buffer(gates, *apart.shape)
+        grads = Grads(
+            options.buffer(gates, *gates.shape),
+            options.buffer(gates, *apart.shape),
+            [gates.new_zeros(gates.shape[1], p.shape[0]) for p in params],
+        )
         dprojected = None if w_hr is None else options.buffer(gates, *before[0].shape)
+        z, kept, see = (options.rows(b) for b in (gates, apart, seen))
+        dz, dkept = options.rows(grads.gates), options.rows(grads.apart)
+        old = list(zip(*map(options.rows, before), strict=True))
+        dys = None if dy is None else options.rows(dy)
+        parts = options.zoneout()
         for t in reversed(options.order()):
             n = options.counts[t]
             now = [d[:n] for d in dstate]
-            if dy is not None:
-                now[0].add_(dy[t, :n])
-            kept = []
-            for part, d in zip(options.zoneout(t, n), now, strict=False):
-                kept.append(d * (1 - part))
+            if dys is not None:
+                now[0].add_(dys[t])
+            held = [d * (1 - part) for part, d in zip(parts[t], now, strict=False)]
+            for part, d in zip(parts[t], now, strict=False):
                 d.mul_(part)
             dh = now[0]
             if w_hr is not None:
                 dprojected[t, :n] = dh
                 dh = dh @ w_hr
-            then = Saved(gates[t, :n], apart[t, :n], seen[t, :n], tuple(s[t, :n] for s in before))
-            dseen, direct = cell.grad(dgates[t, :n], dapart[t, :n], dh, now[-1], then, weights)
+            step = Grads(dz[t], dkept[t], [p[:n] for p in grads.params])
+            then = Saved(z[t], kept[t], see[t], old[t])
+            dseen, direct = cell.grad(step, dh, now[-1], then, weights)
             if options.mask is not None:
                 dseen.mul_(options.mask[:n])
             now[0].copy_(dseen if direct is None else dseen.add_(direct))
-            for d, k in zip(now, kept, strict=False):
-                d.add_(k)
-        dw_hh, db_hn, dparams = cell.weight_grads(dgates, dapart, saved, weights)
+            for d, part in zip(now, held, strict=False):
+                d.add_(part)
+        dw_hh, db_hn, dparams = cell.weight_grads(grads, saved, weights)
         dw_hr = None if w_hr is None else _product_grad(dprojected, unprojected)
-        return None, dgates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
+        return None, grads.gates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
 
 
 def _input_part(
-    cell: str,
-    x: Tensor,
-    w_ih: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    params: Mapping[str, Tensor],
+    cell: str, x: Tensor, w: Mapping[str, Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """The gates' input part with every bias that can be added outside the loop, and the one left."""
-    bias, left = b_ih, None
+    """The gates' input part with every bias that can be added outside, and the one that cannot."""
+    bias, b_hh, left = w["b_ih"], w["b_hh"], None
     if b_hh is not None:
         outside = b_hh
         if cell == "gru":
             size = b_hh.shape[0] // 3
             outside, left = F.pad(b_hh[: 2 * size], (0, size)), b_hh[2 * size :]
-        bias = outside if b_ih is None else b_ih + outside
+        bias = outside if bias is None else bias + outside
     if cell != "lstm_layernorm":
-        return F.linear(x, w_ih, bias), left
-    gates = F.linear(x, w_ih)
-    return F.layer_norm(gates, gates.shape[-1:], params["weight_ln_ih"], bias, LAYER_NORM_EPS), left
+        return F.linear(x, w["w_ih"], bias), left
+    gates = F.linear(x, w["w_ih"])
+    return F.layer_norm(gates, gates.shape[-1:], w["weight_ln_ih"], bias, LAYER_NORM_EPS), left
 
 
 def recurrence(
@@ -484,22 +510,24 @@ def recurrence(
         x = x.index_select(1, order)
         state = [s.index_select(1, order) for s in state]
     masks, updates = _masks(x, state, order, recurrent_dropout, zoneout, training, seed)
+    named = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr, **params}
+    by_direction = {k: [None] * directions if v is None else v.unbind(0) for k, v in named.items()}
+    initial = list(zip(*(s.unbind(0) for s in state), strict=True))
     outputs, finals = [], []
     for d in range(directions):
-        p = {name: value[d] for name, value in params.items()}
-        biases = [None if b is None else b[d] for b in (b_ih, b_hh)]
-        gates, b_hn = _input_part(cell, x, w_ih[d], *biases, p)
+        w = {name: values[d] for name, values in by_direction.items()}
+        gates, b_hn = _input_part(cell, x, w)
         mask = None if masks is None else masks[d]
         update = [u if isinstance(u, float) else u[:, d] for u in updates]
         y, *final = _Recurrence.apply(
             Options(cell, d == 1, lengths, counts, mask, update),
             gates,
-            w_hh[d],
+            w["w_hh"],
             b_hn,
-            None if w_hr is None else w_hr[d],
+            w["w_hr"],
             len(state),
-            *(s[d] for s in state),
-            *p.values(),
+            *initial[d],
+            *(w[name] for name in params),
         )
         outputs.append(y)
         finals.append(final)

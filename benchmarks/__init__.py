@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks [name ...]`. They need no more than torch."""
