@@ -5,9 +5,9 @@ import kernels as _kernels
 if not hasattr(_kernels, "CellSpec"):
     raise ImportError(
         "fusedrnn needs its own package 'kernels', but found another one at "
-        f"{getattr(_kernels, '__file__', None)}; Hugging Face's distribution 'kernels' has the same "
-        "import name and cannot share an environment with fusedrnn: uninstall it and reinstall "
-        "fusedrnn, or use a fresh environment"
+        f"{getattr(_kernels, '__file__', None)}; Hugging Face's distribution 'kernels' has the "
+        "same import name and cannot share an environment with fusedrnn: uninstall it and "
+        "reinstall fusedrnn, or use a fresh environment"
     )
 
 from .recurrent import GRU, LSTM, RNN

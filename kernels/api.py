@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from . import native, reference, torch_loop
-from .checks import check_backend, check_layer, check_lengths, check_probability
+from .checks import (
+    check_backend,
+    check_layer,
+    check_lengths,
+    check_probability,
+    check_tensors,
+)
 from .spec import CELLS
 
 State = tuple[Tensor, ...]
@@ -151,6 +157,7 @@ def _layer(
     check_probability("recurrent_dropout", recurrent_dropout)
     check_probability("zoneout", zoneout)
     spec = CELLS[cell]
+    check_tensors(**{"x": x, **weights, **params, **initial})
     lead = weights["w_ih"].dim() == 3
 
     def add_axis(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -24,6 +24,17 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise TypeError for what is neither None nor a floating point tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None and name not in ("x", "w_ih", "w_hh"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+
+
 def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device) -> None:
     """Check the lengths of a padded batch; a GPU does it without a host synchronisation.
 
@@ -58,8 +69,6 @@ def check_lengths(lengths: Tensor, steps: int, batch: int, device: torch.device)
 
 
 def _check(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:
@@ -83,7 +92,7 @@ def check_layer(
 
     Args:
         spec: the cell.
-        x: [T, B, I], floating point.
+        x: [T, B, I].
         w_ih: [D, G*H, I].
         w_hh: [D, G*H, P].
         b_ih: [D, G*H] or None.
@@ -93,14 +102,9 @@ def check_layer(
         states: initial states that were given, name -> [D, B, P or H].
 
     Raises:
-        TypeError: something is not a tensor, or x is not floating point.
         ValueError: a shape, dtype or device does not fit; RuntimeError on an empty sequence, as in
             torch.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}"
-        )
     if x.dim() != 3:
         raise ValueError(f"x must have shape [T, B, I], got {list(x.shape)}")
     if x.shape[0] == 0:
