@@ -107,7 +107,8 @@ def read_columns(
     if delimiter not in (None, "\t", " "):
         raise ValueError(f"delimiter: expected a tab, a space or None, got {delimiter!r}")
     lines = list(_lines(path))
-    first = next(((n, x) for n, x in lines if x.strip() and not _hash(x)), None)
+    rows = ((n, x) for n, x in lines if x.strip() and not (_hash(x) or x.startswith(_DOCUMENT)))
+    first = next(rows, None)
     if first is None:
         return _finish([], path)
     tabs = delimiter == "\t" or (delimiter is None and "\t" in first[1].strip())

@@ -103,6 +103,11 @@ def test_columns_by_index(write) -> None:
     assert read_columns(write(text), tag_column=1)[0].tags == ["NNP", "VBZ"]
 
 
+def test_document_mark_may_stand_alone(write) -> None:
+    text = "#\n-DOCSTART-\n\na\tO\n-DOCSTART-\nb\tO\n"
+    assert [s.tokens for s in read_columns(write(text))] == [["a"], ["b"]]
+
+
 def test_numbered_columns_skip_what_is_no_word(write) -> None:
     text = (
         "# sent_id = 1\n1-2\tdu\tO\tO#O\ts\n1\tde\tO\tO\ts\n2\tle\tB-PER\tO\ts\n2.1\tx\tO\tO\ts\n"
