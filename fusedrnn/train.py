@@ -130,7 +130,8 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
     _quieten()
     try:
         if not isinstance(args, dict) and list(args[:1]) == ["predict"]:
-            return predict(args[1:])
+            predict(args[1:])
+            return None
         cli = CLI(
             L.LightningModule,
             L.LightningDataModule,
@@ -177,7 +178,7 @@ def predict(args: Sequence[str]) -> None:
         with _reading(source) as lines, _writing(target) as file:
             for result in task.predict_lines((line.rstrip("\r\n") for line in lines), **options):
                 print(result, file=file, flush=target == "-")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         _fail(error)
 
 

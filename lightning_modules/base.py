@@ -2,16 +2,27 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 import kernels
 
 FORMAT = 1
 """Of what a task writes into a checkpoint; a reader refuses a later one."""
+
+
+class Codec(Protocol):
+    """Turns text into model input and model output into text, and travels in the checkpoint."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain data."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Restores what `to_dict` returned."""
 
 
 class CheckpointError(ValueError):
@@ -61,8 +72,7 @@ class Task(L.LightningModule):
     so that a run that is resumed at the end of an epoch continues exactly.
 
     Args:
-        codec: turns text into model input and model output into text. It has `to_dict()`, of plain
-            data, and the class method `from_dict()`.
+        codec: turns text into model input and model output into text.
         arguments: the other constructor arguments, plain data: numbers, strings, booleans, None,
             lists and dicts of them.
         optimizer: makes the optimizer from the parameters.
@@ -77,7 +87,7 @@ class Task(L.LightningModule):
         TypeError: an argument is not plain data.
     """
 
-    codec_class: type
+    codec_class: type[Codec]
     monitor: str = "val/loss"
 
     def __init__(
@@ -113,8 +123,7 @@ class Task(L.LightningModule):
         scheduler = self.scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            named = isinstance(scheduler, ReduceLROnPlateau)
-            config["monitor"] = scheduler.monitor if named else self.monitor
+            config["monitor"] = getattr(scheduler, "monitor", self.monitor)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
@@ -222,7 +231,9 @@ class Task(L.LightningModule):
         if task is None:
             names = ", ".join(sorted(known.keys() - {"Task"}))
             raise CheckpointError(f"{path}: holds a {header['task']}, expected one of: {names}")
-        model = task(codec=task.codec_class.from_dict(header["codec"]), **header["arguments"])
+        model = cast(Any, task)(
+            codec=task.codec_class.from_dict(header["codec"]), **header["arguments"]
+        )
         model.check(checkpoint, path)
         model.load_state_dict(checkpoint["state_dict"])
         return model.to(map_location).eval()

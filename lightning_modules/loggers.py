@@ -42,8 +42,9 @@ class RunLogger(WandbLogger):
         save_dir: str = "runs",
         offline: bool | None = None,
     ) -> None:
-        if offline is None and not os.environ.get("WANDB_MODE"):
-            offline = not logged_in()
+        mode = None if offline is None else "offline" if offline else "online"
+        if mode is None:
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         super().__init__(
             name=name,
             project=project,
@@ -51,7 +52,7 @@ class RunLogger(WandbLogger):
             entity=entity,
             tags=tags,
             notes=notes,
-            mode=None if offline is None else "offline" if offline else "online",
+            mode=mode,
             settings=wandb.Settings(init_timeout=CONNECT_SECONDS),
         )
         self._wandb_init.pop("anonymous")  # None is the default; given, wandb warns about it
@@ -60,14 +61,14 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run, started on first use."""
-        if self._experiment is None:
-            os.makedirs(self._save_dir, exist_ok=True)
+        if self._experiment is None and self.save_dir is not None:
+            os.makedirs(self.save_dir, exist_ok=True)
         try:
-            return WandbLogger.experiment.fget(self)
+            return super().experiment
         except wandb.errors.CommError as error:
             rank_zero_warn(f"W&B cannot be reached, so this run is logged offline: {error}")
             self._wandb_init["mode"] = "offline"
-            return WandbLogger.experiment.fget(self)
+            return super().experiment
 
     def close(self) -> None:
         """Ends the W&B run, so that the next one in this process is a run of its own."""
