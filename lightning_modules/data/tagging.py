@@ -146,7 +146,7 @@ class TaggingCodec:
             words = Vocabulary([*words.to_list(), *(w for w in new if w not in ("<pad>", "<unk>"))])
         codec = cls(
             words,
-            Vocabulary.from_counts(characters),
+            Vocabulary.from_counts(characters, min_count=2),  # the others train the unknown one
             Vocabulary(sorted(tags, key=_tag_order), ()),
             known,
             frequent,

@@ -57,7 +57,7 @@ def test_batch_holds_each_spelling_once() -> None:
         for column, token in enumerate(sentence.tokens):
             spelling = int(batch.spellings[row, column])
             size = int(batch.character_lengths[spelling])
-            assert codec.characters.decode(batch.characters[spelling, :size]) == list(token)
+            assert batch.characters[spelling, :size].tolist() == codec.spelling(token)
     assert batch.tags.tolist() == [[1, 0, 1, 0], [1, 2, 0, -100]]
     assert batch.lengths.tolist() == [4, 3]
     assert batch.num_tokens == 7
@@ -75,9 +75,16 @@ def test_tags_unseen_in_training_are_ignored_numbers() -> None:
     assert row.tag_names == ["B-NEW", "O"]
 
 
+def test_characters_seen_once_train_the_unknown_one() -> None:
+    codec = ner()
+    assert set(codec.characters.symbols[2:]) == set("Ane")
+    assert codec.spelling("Lee2") == [1, *codec.spelling("ee"), 1]
+    assert codec.spelling("") == [1]
+
+
 def test_long_words_keep_head_and_tail() -> None:
     codec = ner(max_characters=5)
-    assert codec.characters.decode(codec.spelling("AnnsawLee")) == list("An") + list("Lee")
+    assert codec.spelling("AnnsawLee") == codec.spelling("AnLee")
     assert len(codec.spelling("x" * 10_000)) == 5
 
 
@@ -204,7 +211,7 @@ def test_builtin_treebank_absent(monkeypatch) -> None:
 
 def test_vocabulary_comes_from_training_alone(tmp_path: Path) -> None:
     for name, word, tag in (("train", "cat", "N"), ("val", "dog", "V"), ("test", "emu", "X")):
-        (tmp_path / name).write_text(f"{word}\t{tag}\n")
+        (tmp_path / name).write_text(f"{word}\t{tag}\n" * 2)
     data = TaggingData(*(str(tmp_path / name) for name in ("train", "val", "test")))
     for stage in ("fit", "validate", "test"):
         data.setup(stage)
