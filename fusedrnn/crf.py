@@ -163,7 +163,8 @@ class _LogPartition(torch.autograd.Function):
         last = (lengths - 1)[None, :, None].expand(1, -1, weighted.shape[-1])
         steps = torch.arange(1, len(alpha), device=alpha.device)[:, None]
         weights = torch.where(steps < lengths, grad, 0)
-        pairs = _expected_pairs(alpha[:-1], gamma[1:], transitions, weights, ctx.linear)
+        with torch.autocast(alpha.device.type, enabled=False):
+            pairs = _expected_pairs(alpha[:-1], gamma[1:], transitions, weights, ctx.linear)
         end = weighted.gather(0, last)[0].sum(0)
         return weighted, pairs, weighted[0].sum(0), end, None, None
 

@@ -238,6 +238,11 @@ def test_low_precision_computes_in_float32(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(crf.log_partition(emissions.float()), expected)
         assert torch.equal(crf.decode(emissions.float())[1], crf.decode(emissions)[1])
+        crf.log_partition(emissions.float()).sum().backward()
+    low = crf.transitions.grad
+    crf.zero_grad()
+    crf.log_partition(emissions.float()).sum().backward()
+    assert torch.equal(low, crf.transitions.grad)
 
 
 def test_float32_stays_exact_over_long_sequences_and_extreme_scores() -> None:
