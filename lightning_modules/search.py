@@ -101,13 +101,11 @@ def greedy_search(
     size, longest = len(limits), int(limits.max())
     symbols = torch.zeros(size, longest, dtype=torch.int64, device=limits.device)
     lengths = torch.zeros_like(limits)
-    totals: Tensor | None = None
     rows = torch.arange(size, device=limits.device)
-    previous = torch.full_like(rows, begin)
+    log_probs, state = step(torch.full_like(rows, begin), state)
+    totals = log_probs.new_zeros(size)
     for t in range(longest):
-        log_probs, state = step(previous, state)
         best, previous = log_probs.max(-1)
-        totals = best.new_zeros(size) if totals is None else totals
         totals[rows] += best
         symbols[rows, t] = previous
         lengths[rows] = t + 1
@@ -116,6 +114,7 @@ def greedy_search(
             break
         if len(going) < len(rows):
             rows, previous, state = rows[going], previous[going], state.select(going)
+        log_probs, state = step(previous, state)
     scores = normalise(totals, lengths, alpha)
     return Hypotheses(symbols[:, None, : int(lengths.max())], lengths[:, None], scores[:, None])
 

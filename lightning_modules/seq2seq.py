@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -84,7 +84,7 @@ class Seq2Seq(Task):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        architecture = {
+        architecture: dict[str, Any] = {
             "embedding_size": embedding_size,
             "encoder_sizes": encoder_sizes,
             "decoder_sizes": decoder_sizes,
@@ -96,7 +96,7 @@ class Seq2Seq(Task):
             "dropout": dropout,
             "backend": backend,
         }
-        training = {
+        training: dict[str, Any] = {
             "label_smoothing": label_smoothing,
             "sampling_probability": sampling_probability,
             "sampling_steps": sampling_steps,
@@ -121,10 +121,10 @@ class Seq2Seq(Task):
         self.max_length_ratio, self.max_length_extra = max_length_ratio, max_length_extra
         self.score = score
         self.monitor = f"val/{score}"
-        self.scores = nn.ModuleDict({stage: self._make_scores() for stage in ("val", "test")})
+        self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", "test")})
         self._samples: list[tuple[str, list[str], list[list[str]]]] = []
 
-    def _make_scores(self) -> nn.ModuleDict:
+    def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {
             "loss": MeanMetric().set_dtype(torch.float64),
             "accuracy": MulticlassAccuracy(
@@ -136,6 +136,9 @@ class Seq2Seq(Task):
         else:
             scores["bleu"] = SacreBLEU(lowercase=self.codec.target_symbols.lowercase)
         return nn.ModuleDict(scores)
+
+    def _scores(self, stage: str) -> dict[str, Any]:
+        return cast(dict[str, Any], self.scores[stage])
 
     def forward(
         self, source: Tensor, source_lengths: Tensor, target: Tensor
@@ -172,7 +175,8 @@ class Seq2Seq(Task):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: PairBatch, stage: str) -> None:
-        scores = self.scores[stage]
+        assert batch.texts is not None and batch.references is not None
+        scores = self._scores(stage)
         logits, _ = self(batch.source, batch.source_lengths, batch.target[:, :-1])
         symbols = (batch.target_lengths - 1).sum()
         scores["loss"].update(self._loss(logits, batch.target).double(), symbols)
@@ -203,7 +207,7 @@ class Seq2Seq(Task):
 
     def _start(self, stage: str) -> None:
         self._samples = []
-        for metric in self.scores[stage].values():
+        for metric in self._scores(stage).values():
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -226,7 +230,7 @@ class Seq2Seq(Task):
         ]
         log_table(self, f"{stage}/samples", ["source", "prediction", "references"], rows)
         if self.score == "bleu":
-            metric = self.scores[stage]["bleu"]
+            metric = self._scores(stage)["bleu"]
             row = [float(metric.compute()), metric.signature]
             log_table(self, f"{stage}/bleu", ["bleu", "signature"], [row])
         if self.model.attention is None or not self.trainer.is_global_zero:

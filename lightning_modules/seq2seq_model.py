@@ -7,7 +7,7 @@ K symbols of the target vocabulary, D directions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,19 @@ class DecoderState(NamedTuple):
         Returns:
             The state of those N rows.
         """
-        source = EncodedSource(*(None if t is None else t[rows] for t in self.source))
-        layers = [
-            tuple(s[:, rows] for s in layer) if isinstance(layer, tuple) else layer[:, rows]
-            for layer in self.layers
-        ]
+        keys, projected, lengths = self.source
+        source = EncodedSource(
+            keys[rows], None if projected is None else projected[rows], lengths[rows]
+        )
+        layers = [_select(layer, rows) for layer in self.layers]
         return DecoderState(source, layers, None if self.feed is None else self.feed[rows])
+
+
+def _select(layer: LayerState, rows: Tensor) -> LayerState:
+    """Keep rows of one layer's state."""
+    if isinstance(layer, tuple):
+        return layer[0][:, rows], layer[1][:, rows]
+    return layer[:, rows]
 
 
 class Bridge(nn.Module):
@@ -106,11 +113,12 @@ class Bridge(nn.Module):
         Returns:
             One entry per decoder layer, h [1, B, H] or (h, c).
         """
-        if not isinstance(states[0], tuple):
-            return self._project([_join(h) for h in states], "hidden")
-        hidden = self._project([_join(h) for h, _ in states], "hidden")
-        cell = self._project([_join(c) for _, c in states], "cell")
-        return list(zip(hidden, cell, strict=True))
+        hidden = [_join(state[0] if isinstance(state, tuple) else state) for state in states]
+        cell = [_join(state[1]) for state in states if isinstance(state, tuple)]
+        hidden = self._project(hidden, "hidden")
+        if not cell:
+            return [*hidden]
+        return [*zip(hidden, self._project(cell, "cell"), strict=True)]
 
     def _project(self, states: list[Tensor], kind: str) -> list[Tensor]:
         if self.exact:
@@ -198,7 +206,12 @@ class Seq2SeqModel(nn.Module):
         self.input_feeding = input_feeding
         self.features_size = features
         self.dropout = nn.Dropout(dropout)
-        options = {"cell": cell, "dropout": dropout, "batch_first": True, "backend": backend}
+        options: dict[str, Any] = {
+            "cell": cell,
+            "dropout": dropout,
+            "batch_first": True,
+            "backend": backend,
+        }
 
         self.source_embedding = nn.Embedding(source_size, embedding_size, padding_idx=0)
         self.encoder = RecurrentStack(
@@ -306,7 +319,8 @@ class Seq2SeqModel(nn.Module):
         self, target: Tensor, state: DecoderState, sampling_probability: float
     ) -> tuple[Tensor, Tensor | None]:
         """Decode step by step: features [B, T, F] and weights [B, T, S]."""
-        features, weights = [], []
+        features: list[Tensor] = []
+        weights: list[Tensor] = []
         symbols = target[:, 0]
         for t in range(target.shape[1]):
             if t > 0:
@@ -315,9 +329,9 @@ class Seq2SeqModel(nn.Module):
                     symbols = self._mix(symbols, features[-1], sampling_probability)
             feature, state, weight = self._advance(symbols, state)
             features.append(feature)
-            weights.append(weight)
-        stacked = None if self.attention is None else torch.stack(weights, 1)
-        return torch.stack(features, 1), stacked
+            if weight is not None:
+                weights.append(weight)
+        return torch.stack(features, 1), torch.stack(weights, 1) if weights else None
 
     @torch.no_grad()
     def _mix(self, symbols: Tensor, features: Tensor, probability: float) -> Tensor:

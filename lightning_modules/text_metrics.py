@@ -146,7 +146,7 @@ class SacreBLEU(Metric):
             [answers[i] if i < len(answers) else None for answers in references]
             for i in range(most)
         ]
-        score = self.bleu.corpus_score(list(predictions), streams)
+        score = self.bleu.corpus_score(list(predictions), streams)  # type: ignore[arg-type]
         for state, values in (
             (self.counts, score.counts),
             (self.totals, score.totals),
@@ -161,7 +161,8 @@ class SacreBLEU(Metric):
         score = BLEU.compute_bleu(
             self.counts.tolist(),
             self.totals.tolist(),
-            *self.lengths.tolist(),
+            int(self.lengths[0]),
+            int(self.lengths[1]),
             smooth_method=self.bleu.smooth_method,
             smooth_value=self.bleu.smooth_value,
             max_ngram_order=self.bleu.max_ngram_order,

@@ -222,7 +222,8 @@ class PairData(L.LightningDataModule):
         target_symbols: the same, of the target.
         source_separator: between the symbols of a `separated` source.
         target_separator: the same, of the target.
-        lowercase: whether both sides are lower-cased.
+        source_lowercase: whether source texts are lower-cased.
+        target_lowercase: the same, of the target.
         stress: whether the vowels of `cmudict` keep their stress digits.
         group_references: whether pairs with the same source are evaluated once, against all their
             targets, as dictionaries with several pronunciations need.
@@ -253,7 +254,8 @@ class PairData(L.LightningDataModule):
         target_symbols: Kind = "words",
         source_separator: str = " ",
         target_separator: str = " ",
-        lowercase: bool = False,
+        source_lowercase: bool = False,
+        target_lowercase: bool = False,
         stress: bool = False,
         group_references: bool = False,
         min_count: int = 1,
@@ -273,8 +275,8 @@ class PairData(L.LightningDataModule):
         if dataset == "cmudict" and any(part is not None for part in (train, val, test)):
             raise ValueError("dataset: cmudict has its own splits; leave out train, val and test")
         self.symbols = (
-            Symbols(source_symbols, source_separator, lowercase),
-            Symbols(target_symbols, target_separator, lowercase),
+            Symbols(source_symbols, source_separator, source_lowercase),
+            Symbols(target_symbols, target_separator, target_lowercase),
         )
         self.dataset, self.config = dataset, config
         self.columns, self.column_names = (source_column, target_column), column_names

@@ -114,7 +114,7 @@ def test_scores_are_those_of_the_rows_one_by_one(fitted, tmp_path):
 
 def test_two_processes_score_as_one(fitted, tmp_path):
     model, data, _, _ = fitted
-    rough = make_model(data.codec, seed=4, encoder_sizes=[8])
+    rough = make_model(data.codec, seed=4, encoder_sizes=[8], score="bleu")
     one = make_trainer(tmp_path / "one", devices=1)
     two = make_trainer(tmp_path / "two", devices=2, strategy="ddp_fork")
     for trained in (model, rough):
@@ -292,7 +292,8 @@ def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
     for name in ("en", "de"):
         (tmp_path / name).write_text("\n".join(sources))
     places = [str(tmp_path / "en"), str(tmp_path / "de")]
-    data = PairData(train=places, val=places, test=places, lowercase=lowercase, batch_size=20)
+    cased = {"source_lowercase": lowercase, "target_lowercase": lowercase}
+    data = PairData(train=places, val=places, test=places, **cased, batch_size=20)
     model = make_model(data.codec, score="bleu", optimizer=lambda p: torch.optim.Adam(p, 0.01))
     trainer = make_trainer(tmp_path, max_epochs=4)
     trainer.fit(model, data)
@@ -369,7 +370,7 @@ def test_packaged_configs_run(here, files, name):
     assert f"val/{cli.model.score}" in cli.trainer.callback_metrics
 
 
-def test_command_line_from_training_to_use(here, files):
+def test_command_line_from_training_to_use(here, files, capsys):
     """Trains from a table, tests the best checkpoint, resumes, and reads raw text."""
     common = ["--config", "g2p", "--data.dataset=null", "--trainer.accelerator=cpu"]
     common += [f"--data.{split}={place}" for split, place in files.items()]
@@ -385,3 +386,6 @@ def test_command_line_from_training_to_use(here, files):
     lines = Path("out.txt").read_text().split("\n")
     expected = Seq2Seq.load_from_checkpoint(best).translate(["abc", "", "zz"])
     assert lines == [*expected, ""] and lines[1] == ""
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "--ckpt_path", best, "--input", "words.txt", "--n_best", "3"])
+    assert "error: expected 1 <= n_best <= beam_size, got n_best=3" in capsys.readouterr().err
