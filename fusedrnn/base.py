@@ -208,9 +208,8 @@ class RecurrentBase(nn.RNNBase):
         }
 
     def _is_native(self, x: Tensor) -> bool:
-        return choose_backend(self.backend, x.device) == "torch" and covers(
-            self.cell, **self._options()
-        )
+        backend = choose_backend(self.backend, x, self.proj_size > 0)
+        return backend == "torch" and covers(self.cell, **self._options())
 
     def _native(
         self, x: Tensor | PackedSequence, state: Sequence[Tensor], lengths: Tensor | None

@@ -48,8 +48,13 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """Resolve "auto": triton on a GPU where it is installed, torch elsewhere.
+def choose_backend(backend: str, x: Tensor, projected: bool = False) -> str:
+    """Resolve "auto": triton on a GPU for what its kernels compute, torch for everything else.
+
+    Args:
+        backend: one of `BACKENDS`; what is not "auto" stays as it is.
+        x: input of the recurrence.
+        projected: whether h is projected, which the kernels have not.
 
     Raises:
         ValueError: the name is unknown.
@@ -57,7 +62,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     check_backend(backend)
     if backend != "auto":
         return backend
-    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    if not x.is_cuda or x.dtype == torch.float64 or projected:
+        return "torch"
+    return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
 def _implementation(
@@ -118,7 +125,7 @@ def recurrence(
         Output [T, B, D*P] and the final states, shaped as the initial ones.
     """
     options = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout, "training": training}
-    run = _implementation(choose_backend(backend, x.device), cell, **options)
+    run = _implementation(choose_backend(backend, x, w_hr is not None), cell, **options)
     if lengths is not None and run is not native.recurrence:
         padding = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
         x = x.masked_fill(padding[..., None], 0.0)
