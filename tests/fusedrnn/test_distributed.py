@@ -103,3 +103,15 @@ def test_training_in_two_processes_started_by_the_command(here):
     assert started == forked
     steps = [row for row in started if "train/loss" in row]
     assert len(steps) == 2 * 3  # 21 sentences in fours are 6 batches, 3 for each process
+
+
+@pytest.mark.parametrize("task", ["tagger", "seq2seq"])
+def test_resuming_continues_exactly(here, task):
+    fit = command("fit", task, 2)
+    main(fit)
+    main([*fit, "--trainer.max_epochs=1"])
+    part = "runs/lightning_logs/version_1/checkpoints/last.ckpt"
+    main([*fit, "--ckpt_path", part])
+    whole = [row for row in metrics(0) if row["epoch"] == "1"]
+    assert whole == metrics(2)
+    assert sum("train/loss" in row for row in whole) == 3
