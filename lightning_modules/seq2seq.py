@@ -66,8 +66,8 @@ class Seq2Seq(Task):
         self,
         codec: PairCodec,
         embedding_size: int = 128,
-        encoder_sizes: list[int] = [128],  # noqa: B006 - copied, and readable in --help
-        decoder_sizes: list[int] = [256],  # noqa: B006
+        encoder_sizes: Sequence[int] = (128,),
+        decoder_sizes: Sequence[int] = (256,),
         cell: Literal["lstm", "gru"] = "lstm",
         bidirectional: bool = True,
         attention: Literal["none", "dot", "general", "additive"] = "general",

@@ -304,3 +304,21 @@ def test_wrong_lengths_are_refused(lengths):
     source, _, target = batch([3, 2], 2)
     with pytest.raises(ValueError, match="lengths"):
         make()(source, torch.tensor(lengths), target)
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_autocast_to_bfloat16(arguments):
+    """Tolerance: bf16 has 8 bits, so each of a dozen roundings is off by at most 2^-9."""
+    model = make(**arguments).float()
+    source, lengths, target = batch([3, 5], 4)
+    exact, _ = model(source, lengths, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, weights = model(source, lengths, target)
+        state = model.encode(source, lengths)
+        log_probs, _ = model.step(target[:, 0], state)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(logits.float(), exact, atol=12 * 2**-9, rtol=12 * 2**-9)
+    if weights is not None:
+        assert (weights[0, :, 3:] == 0).all()
+    logits.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
