@@ -71,10 +71,10 @@ def forward_kernel(
         state = _advance(state, new, alive, masks, seed, t, here, unit, C)
         h = tl.where(alive, state[0], 0.0).to(y.dtype.element_ty)
         tl.store(y + base + pitch + unit, h, mask=real)
+        if saved[1] is not None:
+            store_blocks(saved[1] + base, pitch + unit, (state[1],), real, C)
         if saved[0] is not None:
             store_blocks(saved[0] + base * C.SAVED, pitch * C.SAVED + unit, blocks, real, C)
-            if len(state) == 2:
-                store_blocks(saved[1] + base, pitch + unit, (state[1],), real, C)
             for i in tl.static_range(len(statistics)):
                 one = saved[2] + base // C.H * len(statistics) + i
                 one += row * (C.D * len(statistics))
@@ -125,7 +125,7 @@ def forward(
     state: Sequence[Tensor],
     lengths: Tensor | None,
     masks: Masks,
-    save: bool,
+    save: str,
 ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
     """Run the forward loop.
 
@@ -137,7 +137,7 @@ def forward(
         state: initial states [D, B, H].
         lengths: int64 [B] or None.
         masks: dropout and zoneout.
-        save: whether a gradient will be asked for.
+        save: what to keep for the gradient: "all", only the cell "state", or "nothing".
 
     Returns:
         Output [T, B, D*H], final states, and what the gradient needs.
@@ -148,15 +148,15 @@ def forward(
     # The loop of a tile ends with its longest row; what it does not reach must read as zero.
     new = x_gates.new_empty if lengths is None else x_gates.new_zeros
     y = new(steps, batch, directions * size)
-    saved = Saved()
-    if save:
-        saved = Saved(
-            new(steps, batch, directions, blocks.saved * size),
-            new(steps, batch, directions, size) if len(state) == 2 else None,
-            new(steps, batch, directions, blocks.statistics, dtype=torch.float32)
-            if blocks.statistics
-            else None,
-        )
+    shape = (steps, batch, directions)
+    everything = save == "all"
+    saved = Saved(
+        new(*shape, blocks.saved * size) if everything else None,
+        new(*shape, size) if len(state) == 2 and save != "nothing" else None,
+        new(*shape, blocks.statistics, dtype=torch.float32)
+        if everything and blocks.statistics
+        else None,
+    )
     final = run(
         forward_kernel,
         plan,

@@ -5,6 +5,7 @@ PLACEHOLDER
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -19,9 +20,9 @@ L2_PORT = 1.1e5  # bytes per µs one multiprocessor reads from L2
 L2_LATENCY = 0.3  # µs until the first byte
 SHARED = 2.2e5  # bytes per µs one multiprocessor reads from its shared memory
 POINTWISE = 0.25  # µs of gate arithmetic, stores and loop overhead
-IEEE = 2.0e5  # float32 multiply-adds per µs of one multiprocessor without tensor cores
+IEEE = 1.0e5  # float32 multiply-adds per µs of one multiprocessor without tensor cores
 
-SHARED_RESERVE = 2048  # bytes of shared memory that the compiler uses for reductions and atomics
+MARGIN = 4096  # bytes of shared memory that the compiler uses for reductions and atomics
 
 
 @dataclass(frozen=True)
@@ -223,3 +224,206 @@ def config(plan: LaunchPlan, zoneout: int, upcast: bool, barrier: str) -> Config
 def _power(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def product_precision(like: torch.Tensor) -> str:
+    """How products of this tensor's dtype are computed: torch's setting for float32 on CUDA decides."""
+    if like.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The properties of a tensor's device; a tensor elsewhere than on a GPU belongs to the interpreter."""
+    return _cuda(tensor.device) if tensor.is_cuda else INTERPRETER
+
+
+@cache
+def _cuda(device: torch.device) -> Device:
+    found = torch.cuda.get_device_properties(device)
+    return Device(
+        found.name,
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+    )
+
+
+def _rows_padded(gates: int) -> int:
+    """Tile rows per unit: the power of two not below the number of gates."""
+    return _power(gates)
+
+
+def _weight_elements(cell: str, size: int, units: int, chunk: int, backward: bool) -> int:
+    """Elements of the weight tiles of one program, padding included."""
+    inner = -(-size // chunk) * chunk
+    if backward:
+        return units * CELLS[cell].gates * inner
+    return sum(_rows_padded(count) for _, count in BLOCKS[cell].products) * units * inner
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A candidate: units, rows, chunk, warps, resident."""
+
+    units: int
+    rows: int
+    chunk: int
+    warps: int
+    resident: bool
+
+
+def _candidates(
+    cell: str, size: int, itemsize: int, exact: bool, backward: bool
+) -> Iterator[_Shape]:
+    """Shapes that compile without spilling; benchmarks/compile_facts.py is the proof.
+
+    Tensor cores of sm_90 multiply tiles of 64 rows by `wgmma`, whose operand descriptors, two registers
+    for every 32 bytes of K, are hoisted out of the time loop: this bounds K. Fewer rows take `mma.sync`.
+    Exact float32 products have no tensor core; their operands pass through registers, so K is short.
+    """
+    padded, gates = max(16, _power(size)), CELLS[cell].gates
+    tall = max(_rows_padded(count) for _, count in BLOCKS[cell].products)
+    steps = size * itemsize // 32
+    if exact:
+        short = gates * size <= 1024 if backward else size <= 256
+        for rows in (16, 32):
+            if padded <= 32:
+                yield _Shape(padded, rows, padded, 4, True)
+            elif short:
+                yield _Shape(16, rows, 16, 4, True)
+            for units in (16, 32, 64):
+                if padded > 32:
+                    yield _Shape(units, rows, 32, 8, False)
+        return
+    if padded <= 128:
+        yield _Shape(padded, 16, padded, 4 if padded <= 64 else 8, True)
+    for rows in (16, 32, 64):
+        if backward:
+            chunk = 128 if cell == "lstm_layernorm" or itemsize == 4 else 256
+            yield _Shape(16, rows, min(chunk, padded), 8, True)
+            continue
+        chunk = min(padded, (256 if rows == 16 else 128) * 2 // itemsize)
+        for units in (16, 32, 64):
+            height = units * tall
+            few = height < 64 or steps <= (64 if rows <= 32 else 32)
+            if few and height <= 256 and len(BLOCKS[cell].products) * units <= 32:
+                yield _Shape(units, rows, chunk, 4 if height <= 64 else 8, True)
+        if (
+            tall > 1 and steps > 64
+        ):  # 8 units are too few rows for wgmma, and so need no descriptors
+            yield _Shape(8, rows, chunk, 4, True)
+    for units in (16, 32, 64):
+        yield _Shape(units, 16, min(padded, 128 // itemsize), 8 if units > 16 else 4, False)
+
+
+@cache
+def choose(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    precision: str,
+    backward: bool,
+    device: Device,
+) -> LaunchPlan:
+    """The plan with the least modelled time among those that fit the device.
+
+    Args:
+        cell: name in `CELLS`.
+        hidden_size: H, at least 1.
+        batch: B, at least 1.
+        directions: 1 or 2.
+        dtype: of weights and activations.
+        precision: "ieee" or "tf32", for float32.
+        backward: which pass.
+        device: where it runs.
+
+    Raises:
+        ValueError: no plan fits, with what was missing.
+    """
+    exact = dtype == torch.float32 and precision == "ieee"
+    best: LaunchPlan | None = None
+    for shape in _candidates(cell, hidden_size, dtype.itemsize, exact, backward):
+        slices = -(-hidden_size // shape.units)
+        groups = directions * -(-batch // shape.rows)
+        together = groups if slices == 1 else min(groups, device.multiprocessors // slices)
+        needed = _shared_bytes(cell, hidden_size, shape, dtype.itemsize, backward)
+        if together == 0 or needed > device.shared_memory:
+            continue
+        plan = LaunchPlan(
+            cell,
+            hidden_size,
+            batch,
+            directions,
+            dtype,
+            precision,
+            backward,
+            device.name,
+            shape.units,
+            slices,
+            shape.rows,
+            shape.chunk,
+            shape.warps,
+            shape.resident,
+            together,
+            needed,
+            0.0,
+            "",
+        )
+        time, why = _model(plan, device, exact)
+        if best is None or time < best.microseconds:
+            best = replace(plan, microseconds=time, why=why)
+    if best is None:
+        raise ValueError(
+            f"no plan for {cell} with hidden_size {hidden_size} on {device.name}: its "
+            f"{device.multiprocessors} multiprocessors with {device.shared_memory} bytes of shared "
+            "memory each are too few for one batch tile; use backend='torch'"
+        )
+    return best
+
+
+def _shared_bytes(cell: str, size: int, shape: _Shape, itemsize: int, backward: bool) -> int:
+    """Shared memory of one program: weights, then a tile of the operand or of the gates."""
+    height = 1 if backward else max(_rows_padded(count) for _, count in BLOCKS[cell].products)
+    inner = shape.chunk if shape.resident else 2 * shape.chunk
+    operand = max(inner * shape.rows * itemsize, 4 * height * shape.units * shape.rows)
+    if not shape.resident:
+        return operand + 2 * height * shape.units * shape.chunk * itemsize + MARGIN
+    return (
+        operand
+        + itemsize * _weight_elements(cell, size, shape.units, shape.chunk, backward)
+        + MARGIN
+    )
+
+
+def _model(plan: LaunchPlan, device: Device, exact: bool) -> tuple[float, str]:
+    """Modelled microseconds per step, and in words what bounds them."""
+    spec, item = CELLS[plan.cell], plan.dtype.itemsize
+    weights = item * _weight_elements(
+        plan.cell, plan.hidden_size, plan.units, plan.chunk, plan.backward
+    )
+    vectors = spec.gates if plan.backward else len(BLOCKS[plan.cell].products)
+    read = vectors * plan.rows * plan.hidden_size * item if plan.slices > 1 else 0
+    if not plan.resident:
+        read += weights
+    parts = {
+        "exchanges between programs": spec.exchanges * HOP if plan.slices > 1 else 0.0,
+        "reads from L2": max(plan.programs * read / L2, read / L2_PORT) + L2_LATENCY
+        if read
+        else 0.0,
+        "reads of weights from shared memory": weights / SHARED,
+        "float32 arithmetic without tensor cores": weights / item * plan.rows / IEEE
+        if exact
+        else 0.0,
+        "gate arithmetic": POINTWISE,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    if plan.slices == 1:
+        reason = "One program holds the whole recurrent matrix, so nothing is exchanged"
+    elif plan.resident:
+        reason = "The recurrent matrix is spread over a group's programs, which exchange every step"
+    else:
+        reason = "No faster plan keeps the recurrent matrix on chip, so it is read again every step"
+    return plan.launches * sum(parts.values()), f"{reason}; most of a step goes to {bound}."
