@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,8 +147,10 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
             load_from_checkpoint_support=False,
             args=args,
         )
-    except CheckpointError as error:
-        _fail(error)
+    except (ValueError, OSError) as error:
+        if isinstance(error, CheckpointError) or _raised_by_data(error):
+            _fail(error)
+        raise
     for logger in cli.trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.close()
@@ -292,6 +295,12 @@ def _quieten() -> None:
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
+
+
+def _raised_by_data(error: Exception) -> bool:
+    """Returns whether a data module was at work, so that the input is to blame."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(isinstance(f.f_locals.get("self"), L.LightningDataModule) for f in frames)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -12,7 +12,7 @@ import yaml
 from fusedrnn import train
 from fusedrnn.train import main, packaged_configs
 from lightning_modules import Task
-from tests.toy import ToyTask
+from tests.toy import ToyData, ToyTask
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,13 +302,27 @@ def test_bad_predict_arguments(fitted, capsys, more, message):
     assert message in said.splitlines()[-1]
 
 
-def test_data_that_cannot_be_read_is_one_line(here, capsys, monkeypatch):
-    def unreadable(self, *args, **kwargs):
-        raise FileNotFoundError("train.conllu: no such file")
+@pytest.mark.parametrize("bad", ["train", "val"])
+def test_data_that_cannot_be_read_is_one_line(here, capsys, monkeypatch, bad):
+    sentences = ToyData.sentences
 
-    monkeypatch.setattr("tests.toy.ToyData.sentences", unreadable)
+    def unreadable(self, split):
+        if split == bad:
+            raise ValueError(f"{split}.conllu:3: expected 10 columns, got 2")
+        return sentences(self, split)
+
+    monkeypatch.setattr(ToyData, "sentences", unreadable)
     said = fails(capsys, "fit", "--config", "toy.yaml")
-    assert said.splitlines()[-1] == "error: train.conllu: no such file"
+    assert said.splitlines()[-1] == f"error: {bad}.conllu:3: expected 10 columns, got 2"
+
+
+def test_other_errors_keep_their_traceback(here, monkeypatch):
+    def broken(self, batch, index):
+        raise ValueError("a mistake in the model")
+
+    monkeypatch.setattr(ToyTask, "training_step", broken)
+    with pytest.raises(ValueError, match="a mistake in the model"):
+        main(["fit", "--config", "toy.yaml"])
 
 
 def test_packaged_configs_are_found_by_name(monkeypatch, here, tmp_path):
