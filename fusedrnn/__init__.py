@@ -10,6 +10,7 @@ if not hasattr(_kernels, "CellSpec"):
         "reinstall fusedrnn, or use a fresh environment"
     )
 
+from .crf import CRF
 from .recurrent import GRU, LSTM, RNN
 from .stack import RecurrentStack
 
