@@ -34,7 +34,7 @@ QUIET = [
 FILES = {
     ".conll": "Ann\tB-PER\nLee\tI-PER\nsaw\tO\n\nRome\tB-LOC\n\n" * 9,
     ".conllu": "1\tAnn\t_\tPROPN\t_\t_\t_\t_\t_\t_\n2\tran\t_\tVERB\t_\t_\t_\t_\t_\t_\n\n" * 9,
-    ".tsv": "source\ttarget\n" + "a b c\tc b a\n" * 200,
+    ".tsv": "source\ttarget\n" + "".join(f"{n} a\ta {n}\n" for n in range(200)),
     ".txt": "Ann saw Rome\n" * 3,
 }
 
