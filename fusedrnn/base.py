@@ -181,7 +181,7 @@ class RecurrentBase(nn.RNNBase):
         inside, outside = precision(x)
         with without_autocast(x):
             state = [s.to(inside) for s in self._initial(x, batch, state)]
-            run = self._native if self._is_native(x) else self._layers
+            run = self._native if self._is_native(x, lengths) else self._layers
             y, state = run(x.to(inside), state, lengths)
             return y.to(outside), tuple(s.to(outside) for s in state)
 
@@ -200,16 +200,11 @@ class RecurrentBase(nn.RNNBase):
             y, state = self._native(x._replace(data=x.data.to(inside)), state, None)
             return y._replace(data=y.data.to(outside)), tuple(s.to(outside) for s in state)
 
-    def _options(self) -> dict[str, float]:
-        return {
-            "recurrent_dropout": self.recurrent_dropout,
-            "zoneout": self.zoneout,
-            "training": self.training,
-        }
-
-    def _is_native(self, x: Tensor) -> bool:
+    def _is_native(self, x: Tensor, lengths: Tensor | None = None) -> bool:
         backend = choose_backend(self.backend, x, self.proj_size > 0)
-        return backend == "torch" and covers(self.cell, **self._options())
+        return backend == "torch" and covers(
+            self.cell, self.recurrent_dropout, self.zoneout, self.training, lengths
+        )
 
     def _native(
         self, x: Tensor | PackedSequence, state: Sequence[Tensor], lengths: Tensor | None
@@ -244,20 +239,22 @@ class RecurrentBase(nn.RNNBase):
         draws = self.training and (self.recurrent_dropout > 0 or self.zoneout > 0)
         finals = []
         for layer in range(self.num_layers):
-            names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if self.bias else 2]
-            weights = [self._stacked(name, layer, x.dtype) for name in names]
             y, final = recurrence(
                 self.cell,
                 y,
-                *weights,
-                *[None] * (4 - len(weights)),
+                self._stacked("weight_ih", layer, x.dtype),
+                self._stacked("weight_hh", layer, x.dtype),
+                self._stacked("bias_ih", layer, x.dtype) if self.bias else None,
+                self._stacked("bias_hh", layer, x.dtype) if self.bias else None,
                 {name: self._stacked(name, layer, x.dtype) for name in CELLS[self.cell].parameters},
                 [s[layer * directions : (layer + 1) * directions] for s in state],
                 w_hr=self._stacked("weight_hr", layer, x.dtype) if self.proj_size else None,
                 lengths=lengths,
+                recurrent_dropout=self.recurrent_dropout,
+                zoneout=self.zoneout,
+                training=self.training,
                 seed=draw_seed() if draws else 0,
                 backend=self.backend,
-                **self._options(),
             )
             finals.append(final)
             if layer < self.num_layers - 1:

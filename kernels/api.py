@@ -67,11 +67,12 @@ def choose_backend(backend: str, x: Tensor, projected: bool = False) -> str:
     return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
-def _implementation(
-    backend: str, cell: str, **options: float
-) -> Callable[..., tuple[Tensor, State]]:
+def _implementation(backend: str, native_cell: bool) -> Callable[..., tuple[Tensor, State]]:
+    if backend == "torch" and native_cell:
+        return native.recurrence
     if backend == "torch":
-        return native.recurrence if native.covers(cell, **options) else torch_loop.recurrence
+        exporting = torch.compiler.is_exporting()
+        return reference.recurrence if exporting else torch_loop.recurrence
     if backend == "reference":
         return reference.recurrence
     if importlib.util.find_spec("triton") is None:
@@ -119,13 +120,13 @@ def recurrence(
         training: whether masks are drawn.
         seed: seed of the masks.
         backend: "auto", "triton", "torch" (torch's own kernels where it has the cell, `torch_loop`
-            otherwise) or "reference".
+            otherwise, and in `torch.export` the plain operations of the reference) or "reference".
 
     Returns:
         Output [T, B, D*P] and the final states, shaped as the initial ones.
     """
-    options = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout, "training": training}
-    run = _implementation(choose_backend(backend, x, w_hr is not None), cell, **options)
+    covered = native.covers(cell, recurrent_dropout, zoneout, training, lengths)
+    run = _implementation(choose_backend(backend, x, w_hr is not None), covered)
     if lengths is not None and run is not native.recurrence:
         padding = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
         x = x.masked_fill(padding[..., None], 0.0)
@@ -140,18 +141,23 @@ def recurrence(
         state,
         w_hr=w_hr,
         lengths=lengths,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        training=training,
         seed=seed,
-        **options,
     )
 
 
 def _layer(
     cell: str,
     x: Tensor,
-    weights: Mapping[str, Tensor | None],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    biases: Sequence[Tensor | None],
     params: Mapping[str, Tensor],
     initial: Mapping[str, Tensor | None],
     *,
+    w_hr: Tensor | None = None,
     lengths: Tensor | None,
     recurrent_dropout: float,
     zoneout: float,
@@ -164,40 +170,38 @@ def _layer(
     check_probability("recurrent_dropout", recurrent_dropout)
     check_probability("zoneout", zoneout)
     spec = CELLS[cell]
-    check_tensors(**{"x": x, **weights, **params, **initial})
-    lead = weights["w_ih"].dim() == 3
-
-    def add_axis(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        return {k: v if v is None or lead else v[None] for k, v in tensors.items()}
-
-    weights, params, initial = add_axis(weights), add_axis(params), add_axis(initial)
     given = {name: s for name, s in initial.items() if s is not None}
-    check_layer(spec, x, **weights, params=params, states=given)
+    optional = {"b_ih": biases[0], "b_hh": biases[1], "w_hr": w_hr}
+    named = {"w_ih": w_ih, "w_hh": w_hh} | {k: v for k, v in optional.items() if v is not None}
+    check_tensors({"x": x} | named | dict(params) | given)
+    lead = w_ih.dim() == 3
+    if not lead:
+        named, params, given = ({k: v[None] for k, v in g.items()} for g in (named, params, given))
+    check_layer(spec, x, named, params, given)
     if lengths is not None:
         check_lengths(lengths, x.shape[0], x.shape[1], x.device)
     inside, outside = precision(x)
-
-    def cast(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        return {k: None if v is None else v.to(inside) for k, v in tensors.items()}
-
-    directions, rows, size = weights["w_hh"].shape
-    shapes = {"h_0": size, "c_0": rows // spec.gates}
     with without_autocast(x):
-        x, weights, given = x.to(inside), cast(weights), cast(given)
+        x = x.to(inside)
+        named, params, given = (
+            {k: v.to(inside) for k, v in g.items()} for g in (named, params, given)
+        )
+        directions, rows, size = named["w_hh"].shape
+        sizes = {"h_0": size, "c_0": rows // spec.gates}
         state = [
-            given[name] if name in given else x.new_zeros(directions, x.shape[1], shapes[name])
+            given[name] if name in given else x.new_zeros(directions, x.shape[1], sizes[name])
             for name in initial
         ]
         y, final = recurrence(
             cell,
             x,
-            weights["w_ih"],
-            weights["w_hh"],
-            weights["b_ih"],
-            weights["b_hh"],
-            cast(params),
+            named["w_ih"],
+            named["w_hh"],
+            named.get("b_ih"),
+            named.get("b_hh"),
+            params,
             state,
-            w_hr=weights["w_hr"],
+            w_hr=named.get("w_hr"),
             lengths=lengths,
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
@@ -205,8 +209,7 @@ def _layer(
             seed=draw_seed() if seed is None else seed,
             backend=backend,
         )
-        final = tuple(s.to(outside) if lead else s.to(outside)[0] for s in final)
-        return y.to(outside), final
+        return y.to(outside), tuple(s.to(outside) if lead else s.to(outside)[0] for s in final)
 
 
 def _lstm_cell(params: Mapping[str, Tensor | None]) -> tuple[str, dict[str, Tensor]]:
@@ -303,9 +306,12 @@ def lstm(
     y, (h_n, c_n) = _layer(
         cell,
         x,
-        {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr},
+        w_ih,
+        w_hh,
+        (b_ih, b_hh),
         params,
         {"h_0": h_0, "c_0": c_0},
+        w_hr=w_hr,
         lengths=lengths,
         recurrent_dropout=recurrent_dropout,
         zoneout=zoneout,
@@ -362,7 +368,9 @@ def gru(
     y, (h_n,) = _layer(
         "gru" if reset_after else "gru_reset_before",
         x,
-        {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": None},
+        w_ih,
+        w_hh,
+        (b_ih, b_hh),
         {},
         {"h_0": h_0},
         lengths=lengths,
@@ -421,7 +429,9 @@ def rnn(
     y, (h_n,) = _layer(
         f"rnn_{nonlinearity}",
         x,
-        {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": None},
+        w_ih,
+        w_hh,
+        (b_ih, b_hh),
         {},
         {"h_0": h_0},
         lengths=lengths,

@@ -24,11 +24,9 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise TypeError for what is neither None nor a floating point tensor."""
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for what is no floating point tensor."""
     for name, tensor in tensors.items():
-        if tensor is None and name not in ("x", "w_ih", "w_hh"):
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
@@ -80,56 +78,45 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
 def check_layer(
     spec: CellSpec,
     x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    weights: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
-    w_hr: Tensor | None,
     states: Mapping[str, Tensor],
 ) -> None:
-    """Check the tensors of one layer, weights and states with their direction axis.
+    """Check the tensors of one layer, all with their direction axis.
 
     Args:
         spec: the cell.
         x: [T, B, I].
-        w_ih: [D, G*H, I].
-        w_hh: [D, G*H, P].
-        b_ih: [D, G*H] or None.
-        b_hh: [D, G*H] or None.
+        weights: w_ih [D, G*H, I] and w_hh [D, G*H, P]; where given, b_ih and b_hh [D, G*H] and
+            w_hr [D, P, H].
         params: extra parameters of the cell, name -> [D, n*H].
-        w_hr: [D, P, H] or None.
-        states: initial states that were given, name -> [D, B, P or H].
+        states: initial states where given: h_0 [D, B, P], c_0 [D, B, H].
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; RuntimeError on an empty sequence, as in
-            torch.
+        ValueError: a shape, dtype or device does not fit.
+        RuntimeError: the sequence is empty, as in torch.
     """
     if x.dim() != 3:
         raise ValueError(f"x must have shape [T, B, I], got {list(x.shape)}")
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if (
-        w_ih.dim() != 3
-        or w_ih.shape[0] not in (1, 2)
-        or w_ih.shape[1] % spec.gates
-        or 0 in w_ih.shape
-    ):
+    shape = weights["w_ih"].shape
+    if len(shape) != 3 or shape[0] not in (1, 2) or shape[1] % spec.gates or 0 in shape:
         raise ValueError(
             f"w_ih must have shape [D, {spec.gates}*H, I] or [{spec.gates}*H, I] with D 1 or 2, "
-            f"got {list(w_ih.shape)}"
+            f"got {list(shape)}"
         )
-    directions, rows, _ = w_ih.shape
+    directions, rows, _ = shape
     hidden = rows // spec.gates
-    size = hidden if w_hr is None else w_hr.shape[-2]
-    _check("w_ih", w_ih, (directions, rows, x.shape[-1]), x)
-    _check("w_hh", w_hh, (directions, rows, size), x)
-    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
-        if bias is not None:
-            _check(name, bias, (directions, rows), x)
-    for name, value in params.items():
-        _check(name, value, (directions, spec.parameters[name] * hidden), x)
-    if w_hr is not None:
-        _check("w_hr", w_hr, (directions, size, hidden), x)
-    for name, state in states.items():
-        _check(name, state, (directions, x.shape[1], size if name == "h_0" else hidden), x)
+    size = weights["w_hr"].shape[-2] if "w_hr" in weights else hidden
+    shapes = {
+        "w_ih": (directions, rows, x.shape[-1]),
+        "w_hh": (directions, rows, size),
+        "b_ih": (directions, rows),
+        "b_hh": (directions, rows),
+        "w_hr": (directions, size, hidden),
+        "h_0": (directions, x.shape[1], size),
+        "c_0": (directions, x.shape[1], hidden),
+    } | {name: (directions, multiple * hidden) for name, multiple in spec.parameters.items()}
+    for name, tensor in (*weights.items(), *params.items(), *states.items()):
+        _check(name, tensor, shapes[name], x)

@@ -1,4 +1,7 @@
-"""torch's own fused kernels, for the cells that torch has: a whole stack of layers in one call."""
+"""torch's own fused kernels, for the cells that torch has: a whole stack of layers in one call.
+
+`torch.compile` leaves them as they are, as it does torch.nn's layers.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,28 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .spec import CELLS
+from .untraced import untraced
 
 State = tuple[Tensor, ...]
 
 
-def covers(cell: str, *, recurrent_dropout: float, zoneout: float, training: bool) -> bool:
-    """Whether torch's kernels compute `cell` with these options."""
-    return (
-        CELLS[cell].torch_name is not None and not zoneout and not (recurrent_dropout and training)
-    )
+def covers(
+    cell: str,
+    recurrent_dropout: float,
+    zoneout: float,
+    training: bool,
+    lengths: Tensor | None = None,
+) -> bool:
+    """Whether torch's kernels compute `cell` with these options.
+
+    With lengths they cannot be exported, because packing depends on the values.
+    """
+    exported = lengths is not None and torch.compiler.is_exporting()
+    masked = zoneout > 0 or (recurrent_dropout > 0 and training)
+    return CELLS[cell].torch_name is not None and not masked and not exported
 
 
+@untraced
 def stack(
     cell: str,
     x: Tensor | PackedSequence,

@@ -64,7 +64,13 @@ def recurrent_mask(
 
 
 def zoneout_masks(
-    seed: int, drop: float, t: int, directions: int, batch: int, size: int, device: torch.device
+    seed: int,
+    drop: float,
+    t: Tensor | int,
+    directions: int,
+    batch: int,
+    size: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Which units of h and of c take their new value at time index `t` (Krueger et al. 2016).
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .philox import recurrent_mask, zoneout_masks
 from .spec import CELLS, LAYER_NORM_EPS
+from .untraced import untraced
 
 State = tuple[Tensor, ...]
 
@@ -477,6 +478,7 @@ def _input_part(
     return F.layer_norm(gates, gates.shape[-1:], w["weight_ln_ih"], bias, LAYER_NORM_EPS), left
 
 
+@untraced
 def recurrence(
     cell: str,
     x: Tensor,
@@ -556,12 +558,14 @@ def _masks(
 
     recurrent = None
     if training and recurrent_dropout > 0:
-        kept = recurrent_mask(seed, recurrent_dropout, *state[0].shape, x.device)
+        directions, batch, size = state[0].shape
+        kept = recurrent_mask(seed, recurrent_dropout, directions, batch, size, x.device)
         recurrent = rows(kept) / (1 - recurrent_dropout)
     if not zoneout:
         return recurrent, []
     if not training:
         return recurrent, [1 - zoneout] * len(state)
     times = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1, 1)
-    updates = zoneout_masks(seed, zoneout, times, *state[-1].shape, x.device)
+    directions, batch, hidden = state[-1].shape
+    updates = zoneout_masks(seed, zoneout, times, directions, batch, hidden, x.device)
     return recurrent, [rows(u[..., : s.shape[-1]]) for u, s in zip(updates, state, strict=False)]
