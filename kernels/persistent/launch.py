@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import plan as planning
 from .plan import Config, LaunchPlan
 
 Kernel = Any
@@ -101,7 +102,7 @@ def run(
     steps: int,
     state: Sequence[Tensor],
     final_dtype: torch.dtype,
-    conf: Callable[[str], Config],
+    conf: Callable[[str, int], Config],
     **arguments: object,
 ) -> tuple[Tensor, ...]:
     """Run `steps` steps of all groups and return the states after them.
@@ -112,7 +113,7 @@ def run(
     """
     final = tuple(torch.empty_like(s, dtype=final_dtype) for s in state)
     serial = INTERPRET_SERIALLY and plan.slices > 1 and interpreted(kernel)
-    constants = conf("none" if serial else BARRIER)
+    constants = conf("none" if serial else BARRIER, planning.TRIES)
     for origin in range(0, plan.groups, plan.groups_per_launch):
         grid = (plan.slices, min(plan.groups_per_launch, plan.groups - origin))
         launch = partial(dispatch, kernel, grid, plan, C=constants, origin=origin, **arguments)

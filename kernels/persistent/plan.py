@@ -22,6 +22,7 @@ SHARED = 2.2e5  # bytes per µs one multiprocessor reads from its shared memory
 POINTWISE = 0.25  # µs of gate arithmetic, stores and loop overhead
 IEEE = 1.0e5  # float32 multiply-adds per µs of one multiprocessor without tensor cores
 
+TRIES = 1_000_000  # polls of a bounded wait: some tenths of a second
 MARGIN = 4096  # bytes of shared memory that the compiler uses for reductions and atomics
 
 
@@ -191,7 +192,7 @@ class LaunchPlan:
 
 
 @cache
-def config(plan: LaunchPlan, zoneout: int, upcast: bool, barrier: str) -> Config:
+def config(plan: LaunchPlan, zoneout: int, upcast: bool, barrier: str, tries: int) -> Config:
     """The compile-time constants of a plan."""
     spec, blocks = CELLS[plan.cell], BLOCKS[plan.cell]
     values = {
@@ -215,7 +216,7 @@ def config(plan: LaunchPlan, zoneout: int, upcast: bool, barrier: str) -> Config
         "PRECISION": plan.precision,
         "UPCAST": upcast,
         "BARRIER": barrier,
-        "TRIES": 100_000,
+        "TRIES": tries,
         "EPS": LAYER_NORM_EPS,
     }
     return Config(**{name: tl.constexpr(value) for name, value in values.items()})
@@ -285,6 +286,8 @@ def _candidates(
     padded, gates = max(16, _power(size)), CELLS[cell].gates
     tall = max(_rows_padded(count) for _, count in BLOCKS[cell].products)
     steps = size * itemsize // 32
+    normed = cell == "lstm_layernorm"  # holds more tiles at once than the others
+    most = 32 if normed else 64
     if exact:
         short = gates * size <= 1024 if backward else size <= 256
         for rows in (16, 32):
@@ -296,17 +299,19 @@ def _candidates(
                 if padded > 32:
                     yield _Shape(units, rows, 32, 8, False)
         return
-    if padded <= 128:
-        yield _Shape(padded, 16, padded, 4 if padded <= 64 else 8, True)
+    if padded <= (64 if normed and backward else 128):
+        wide = padded > 64 or (normed and backward)
+        yield _Shape(padded, 16, padded, 8 if wide else 4, True)
     for rows in (16, 32, 64):
         if backward:
-            chunk = 128 if cell == "lstm_layernorm" or itemsize == 4 else 256
+            chunk = 64 if normed else 512 // itemsize
             yield _Shape(16, rows, min(chunk, padded), 8, True)
             continue
-        chunk = min(padded, (256 if rows == 16 else 128) * 2 // itemsize)
+        short = rows > 16 or len(BLOCKS[cell].products) > 1
+        chunk = min(padded, (256 if short else 512) // itemsize)
         for units in (16, 32, 64):
             height = units * tall
-            few = height < 64 or steps <= (64 if rows <= 32 else 32)
+            few = height < 64 or steps <= (most if rows <= 32 else 32)
             if few and height <= 256 and len(BLOCKS[cell].products) * units <= 32:
                 yield _Shape(units, rows, chunk, 4 if height <= 64 else 8, True)
         if (
@@ -388,7 +393,9 @@ def _shared_bytes(cell: str, size: int, shape: _Shape, itemsize: int, backward: 
     """Shared memory of one program: weights, then a tile of the operand or of the gates."""
     height = 1 if backward else max(_rows_padded(count) for _, count in BLOCKS[cell].products)
     inner = shape.chunk if shape.resident else 2 * shape.chunk
-    operand = max(inner * shape.rows * itemsize, 4 * height * shape.units * shape.rows)
+    tile = shape.units * shape.rows
+    gates = tile * (4 + 4 * itemsize) if backward else 4 * height * tile
+    operand = max(inner * shape.rows * itemsize, gates)
     if not shape.resident:
         return operand + 2 * height * shape.units * shape.chunk * itemsize + MARGIN
     return (

@@ -1,0 +1,238 @@
+"""Compile the recurrent kernels without a GPU, for every plan of a grid, and write down what came out.
+
+    python -m benchmarks.compile_facts [--cells lstm ...] [--capabilities 80 90 100] [--seconds 600]
+
+Rows are appended to benchmarks/results/compile_facts.csv as they come; those that are there for this version of
+Triton are not compiled again, so that a run which was cut short goes on. What is compiled is the launcher's own
+call: only the driver is replaced, by one that claims to be the wanted GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kernels.persistent import backward, forward, launch
+from kernels.persistent.plan import BLOCKS, Device, LaunchPlan, choose, loop_parameters
+from kernels.spec import CELLS
+
+RESULT = Path(__file__).parent / "results" / "compile_facts.csv"
+DEVICES = {
+    80: Device("A100", (8, 0), 108, 166912),
+    90: Device("H200", (9, 0), 132, 232448),
+    100: Device("B200", (10, 0), 148, 232448),
+}
+DTYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+HIDDEN = (64, 128, 200, 256, 512, 768, 1024)
+BATCHES = (1, 16, 64)
+KEY = (
+    *("triton", "capability", "cell", "dtype", "pass", "hidden_size"),
+    *("rows", "units", "chunk", "warps", "resident"),
+)
+
+Row = dict[str, object]
+
+
+class _Driver:
+    """Enough of a driver to compile for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of stack and local loads or stores, which is what spills are."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(what: str) -> str:
+            command = [_tool("cuobjdump"), what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        found = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", dump("--dump-sass")))
+    if found is None:
+        raise RuntimeError("cuobjdump does not say how many registers the kernel uses")
+    return int(found[1]), int(found[2]), spills
+
+
+def weights_reloaded(ttgir: str) -> int:
+    """How often the time loop copies to shared memory what was loaded before it: the weights, if anything."""
+    lines = ttgir.splitlines()
+    start = next(i for i, line in enumerate(lines) if "scf.for" in line)
+    before = {m[1] for line in lines[:start] if (m := re.match(r"\s*(%[\w]+)(?::\d+)? =", line))}
+    copies = (re.search(r"ttg\.local_alloc (%[\w]+)", line) for line in lines[start:])
+    return sum(m is not None and m[1] in before for m in copies)
+
+
+def facts(
+    kernel: launch.Kernel, grid: tuple[int, int], plan: LaunchPlan, **arguments: object
+) -> Row:
+    """Compile one launch, in the place of `launch.dispatch`."""
+    start = time.perf_counter()
+    compiled = kernel.warmup(
+        **arguments,
+        grid=grid,
+        num_warps=plan.warps,
+        num_stages=1,
+        launch_cooperative_grid=plan.slices > 1,
+    )
+    ptx = compiled.asm["ptx"]
+    registers, stack, spills = _usage(compiled.asm["cubin"])
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": spills,
+        "shared": compiled.metadata.shared,
+        "weights_reloaded": weights_reloaded(compiled.asm["ttgir"]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "cooperative": compiled.metadata.launch_cooperative_grid,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def compile_plan(plan: LaunchPlan) -> Row:
+    """Facts of the kernel that `plan` launches, from a call of its launcher with two time steps."""
+    found: Row = {}
+
+    def dispatch(*launch_arguments: object, **arguments: object) -> None:
+        found.update(facts(*launch_arguments, **arguments))
+
+    def new(*shape: int, dtype: torch.dtype = plan.dtype) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    spec, blocks = CELLS[plan.cell], BLOCKS[plan.cell]
+    steps, batch, d, size = 2, plan.rows, plan.directions, plan.hidden_size
+    extra = sum(loop_parameters(plan.cell).values()) * size
+    params = new(d, extra) if extra else None
+    w_hh, state = new(d, spec.gates * size, size), [new(d, batch, size) for _ in spec.states]
+    real, launch.dispatch = launch.dispatch, dispatch
+    try:
+        if plan.backward:
+            saved = forward.Saved(
+                new(steps, batch, d, blocks.saved * size),
+                new(steps, batch, d, size) if len(state) == 2 else None,
+                new(steps, batch, d, blocks.statistics, dtype=torch.float32)
+                if blocks.statistics
+                else None,
+            )
+            y = new(steps, batch, d * size)
+            backward.backward(
+                plan, y, state, w_hh, params, state, y, saved, None, launch.Masks()
+            )  # fmt: skip
+        else:
+            gates = new(steps, batch, d, spec.gates * size)
+            bias = new(d, spec.gates * size)
+            forward.forward(
+                plan, gates, w_hh, bias, params, state, None, launch.Masks(), "all"
+            )  # fmt: skip
+    finally:
+        launch.dispatch = real
+    return found
+
+
+def grid(options: argparse.Namespace) -> Iterator[tuple[int, str, LaunchPlan]]:
+    """Capability, name of the dtype and plan, each kernel once."""
+    seen = set()
+    for capability, name, size, cell, batch, backwards in itertools.product(
+        options.capabilities,
+        options.dtypes,
+        options.hidden,
+        options.cells,
+        BATCHES,
+        (False, True),
+    ):
+        dtype, precision = DTYPES[name]
+        plan = choose(cell, size, batch, 1, dtype, precision, backwards, DEVICES[capability])
+        key = (capability, name, size, cell, plan.rows, backwards)
+        if key not in seen:
+            seen.add(key)
+            yield capability, name, plan
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compile what is missing from the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
+    parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    done = set()
+    if options.output.exists():
+        with options.output.open(newline="") as file:
+            done = {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
+    end = time.monotonic() + options.seconds
+    for capability, name, plan in grid(options):
+        row: Row = {
+            "triton": triton.__version__,
+            "capability": capability,
+            "cell": plan.cell,
+            "dtype": name,
+            "pass": "backward" if plan.backward else "forward",
+            "hidden_size": plan.hidden_size,
+            "rows": plan.rows,
+            "units": plan.units,
+            "slices": plan.slices,
+            "chunk": plan.chunk,
+            "warps": plan.warps,
+            "resident": plan.resident,
+            "modelled_shared": plan.shared_bytes,
+        }
+        if tuple(str(row[k]) for k in KEY) in done:
+            continue
+        if time.monotonic() > end:
+            print("time is up; run again to go on")
+            return
+        driver.set_active(_Driver(capability))
+        row |= compile_plan(plan)
+        print(*row.values(), flush=True)
+        options.output.parent.mkdir(exist_ok=True)
+        fresh = not options.output.exists()
+        with options.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The operators as torch sees them: schemas, fakes, compilation, errors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from fusedrnn import GRU, LSTM
+from kernels import ops
+from kernels.persistent import plan as planning
+from tests.kernels.cases import outputs, outputs_and_gradients, random_layer
+from tests.kernels.triton_cases import DEVICE
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda", reason="written for the interpreter's CPU tensors"
+)
+MASKS = (7, 0.3, 0.2, True)
+
+
+def small(cell, **shape):
+    return random_layer(cell, 2, 3, 4, 5, directions=2, dtype=torch.float32, **shape)
+
+
+def forward_arguments(cell, save="all"):
+    layer = small(cell)
+    gates = ops._input_part(
+        cell,
+        layer.x,
+        layer.w_ih,
+        layer.b_ih,
+        *([layer.params["weight_ln_ih"]] if cell == "lstm_layernorm" else []),
+    )
+    names = planning.loop_parameters(cell)
+    packed = torch.cat([layer.params[n] for n in names], -1) if names else None
+    lengths = torch.tensor([2, 1, 2])
+    tensors = (gates, layer.w_hh, layer.b_hh, packed, layer.state, lengths)
+    return tuple(
+        [t.detach() for t in value] if isinstance(value, list) else
+        None if value is None else value.detach()
+        for value in tensors
+    ) + (cell, *MASKS, save)  # fmt: skip
+
+
+@pytest.mark.parametrize("save", ["all", "state", "nothing"])
+@pytest.mark.parametrize("cell", ["lstm_layernorm", "gru", "rnn_tanh"])
+def test_forward_operator(cell, save):
+    torch.library.opcheck(ops.recurrence_op, forward_arguments(cell, save))
+
+
+@pytest.mark.parametrize("cell", ["lstm_layernorm", "gru", "rnn_tanh"])
+def test_backward_operator(cell):
+    arguments = forward_arguments(cell)
+    _, w_hh, _, packed, state, lengths = arguments[:6]
+    y, h_n, c_n, *saved = ops.recurrence_op(*arguments)
+    final = [h_n, c_n][: len(state)]
+    torch.library.opcheck(
+        ops.backward_op, (y, final, w_hh, packed, state, y, saved, lengths, cell, *MASKS)
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_compiles_whole_with_dynamic_steps_and_rows(recompute):
+    def run(x, w_ih, w_hh, h_0, c_0):
+        y, (h_n, c_n) = ops.recurrence(
+            "lstm", x, w_ih, w_hh, None, None, {}, (h_0, c_0), recompute=recompute
+        )
+        return y.square().sum() + h_n.sum() + c_n.sum()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounter()
+    for steps, batch in [(2, 3), (4, 2), (3, 5)]:
+        layer = random_layer("lstm", steps, batch, 4, 5, bias=False, dtype=torch.float32)
+        leaves = [layer.x, layer.w_ih, layer.w_hh, *layer.state]
+        expected = torch.autograd.grad(run(*leaves), leaves)
+        actual = torch.autograd.grad(compiled(*leaves), leaves)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+    torch._dynamo.reset()
+    torch.compile(run, fullgraph=True, dynamic=True, backend=counter)(*leaves)
+    for steps in (6, 7):
+        x = torch.randn(steps, 5, 4, requires_grad=True)
+        torch.compile(run, fullgraph=True, dynamic=True, backend=counter)(x, *leaves[1:])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("layer", [LSTM, GRU])
+def test_layer_compiles_whole(layer):
+    torch._dynamo.reset()
+    net = layer(4, 5, num_layers=2, bidirectional=True, backend="triton")
+    x = torch.randn(3, 2, 4)
+    y, _ = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+    expected, _ = net(x)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layers_agree_with_torch(cell):
+    torch.manual_seed(0)
+    ours = {"lstm": LSTM, "gru": GRU}[cell](
+        4, 5, num_layers=2, bidirectional=True, backend="triton"
+    )
+    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell](4, 5, 2, bidirectional=True)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 2, 4)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+def test_autocast_reaches_the_kernels():
+    layer = LSTM(4, 5, backend="triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = layer(torch.randn(3, 2, 4))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
+def test_views_and_expanded_cotangents():
+    layer = small("gru")
+    x = layer.x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    strided = layer._replace(x=x, w_hh=layer.w_hh.detach().mT.contiguous().mT.requires_grad_())
+    expected = outputs_and_gradients(ops.recurrence, layer)
+    for name, value in outputs_and_gradients(ops.recurrence, strided).items():
+        torch.testing.assert_close(value, expected[name])
+    y = outputs(ops.recurrence, layer)["y"]
+    y.sum().backward()
+
+
+def test_gradient_of_a_gradient_names_the_reference():
+    layer = small("lstm")
+    y = outputs(ops.recurrence, layer)["y"]
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(y.sum(), layer.x, create_graph=True)
+
+
+def test_float64_and_projection_are_refused():
+    with pytest.raises(ValueError, match="backend='reference' for float64"):
+        outputs(ops.recurrence, random_layer("lstm"))
+    with pytest.raises(ValueError, match="proj_size needs backend='torch'"):
+        outputs(ops.recurrence, random_layer("lstm", projected=2, dtype=torch.float32))
+
+
+def test_cpu_tensor_outside_the_interpreter_is_refused():
+    code = "import torch, fusedrnn\nfusedrnn.LSTM(2, 3, backend='triton')(torch.zeros(1, 1, 2))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=_environment()
+    )
+    assert done.returncode != 0
+    assert "backend='triton' needs a CUDA tensor" in done.stderr.splitlines()[-1]
+
+
+def _environment():
+    import os
+
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": "."}
+
+
+def test_kernels_do_not_import_fusedrnn():
+    code = (
+        "import sys, kernels.ops, kernels\n"
+        "assert kernels.lstm\n"
+        "assert not {'fusedrnn', 'lightning', 'lightning_modules'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+    assert kernels.lstm
