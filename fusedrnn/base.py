@@ -191,8 +191,11 @@ class RecurrentBase(nn.RNNBase):
         if not self._is_native(x.data):
             padded, lengths = pad_packed_sequence(x, self.batch_first)
             y, state = self._padded(padded, state, lengths.to(padded.device))
-            data = pack_padded_sequence(y, lengths, self.batch_first, enforce_sorted=False).data
-            return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), state
+            if x.sorted_indices is not None:
+                y = y.index_select(0 if self.batch_first else 1, x.sorted_indices)
+                lengths = lengths[x.sorted_indices.cpu()]
+            data = pack_padded_sequence(y, lengths, self.batch_first).data
+            return x._replace(data=data), state
         self.check_input(x.data, x.batch_sizes)
         inside, outside = precision(x.data)
         with without_autocast(x.data):

@@ -151,6 +151,18 @@ def test_agrees_with_torch(kind, shape, form, given, backend):
         torch.testing.assert_close(actual, expected, **tolerance)
 
 
+def test_packed_rows_of_equal_length_keep_their_order():
+    lengths = torch.tensor([3, 5, 3, 5, 3, 3, 5, 3] * 5)
+    layer = fusedrnn.LSTM(I, H, peephole=True)
+    x = torch.randn(5, len(lengths), I)
+    expected = layer(x, lengths=lengths)[0]
+    packed = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0]
+    assert torch.equal(pad_packed_sequence(packed)[0], expected)
+    in_order = lengths.sort(descending=True, stable=True)[1]
+    packed = layer(pack_padded_sequence(x[:, in_order], lengths[in_order]))[0]
+    torch.testing.assert_close(pad_packed_sequence(packed)[0], expected[:, in_order])
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_projection_agrees_with_torch(packed, backend):
