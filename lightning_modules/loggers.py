@@ -48,7 +48,7 @@ class RunLogger(WandbLogger):
         super().__init__(
             name=name,
             project=project,
-            save_dir=save_dir,
+            save_dir=os.path.abspath(save_dir),  # W&B's own process may have another working folder
             entity=entity,
             tags=tags,
             notes=notes,
