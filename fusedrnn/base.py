@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from kernels import CELLS, recurrence
 from kernels.api import choose_backend, draw_seed, precision, without_autocast
 from kernels.checks import check_backend, check_lengths, check_probability
-from kernels.native import covers, stack
+from kernels.native import covers, packed_stack, padded_stack
+
+if TYPE_CHECKING:
+    from kernels.persistent.plan import LaunchPlan
 
 State = tuple[Tensor, ...]
 
@@ -140,19 +144,25 @@ class RecurrentBase(nn.RNNBase):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead"
             )
+        if x.dim() == 2 and lengths is not None:
+            raise ValueError("lengths must be None for unbatched input")
+        return self._padded_or_row(x, state, lengths)
+
+    def _padded_or_row(
+        self, x: Tensor, state: Sequence[Tensor] | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Run over a padded batch, or over one row without its batch dimension."""
         batch_dim = 0 if self.batch_first else 1
         if x.dim() == 3:
             if state is not None and any(s.dim() != 3 for s in state):
                 raise RuntimeError("For batched 3-D input, hx should also be 3-D")
             return self._padded(x, state, lengths)
-        if lengths is not None:
-            raise ValueError("lengths must be None for unbatched input")
         if state is not None:
             if any(s.dim() != 2 for s in state):
                 raise RuntimeError("For unbatched 2-D input, hx should also be 2-D")
             state = [s.unsqueeze(1) for s in state]
-        y, state = self._padded(x.unsqueeze(batch_dim), state, None)
-        return y.squeeze(batch_dim), tuple(s.squeeze(1) for s in state)
+        y, final = self._padded(x.unsqueeze(batch_dim), state, None)
+        return y.squeeze(batch_dim), tuple(s.squeeze(1) for s in final)
 
     def _initial(self, x: Tensor, batch: int, state: Sequence[Tensor] | None) -> Sequence[Tensor]:
         count = self.num_layers * self.num_directions
@@ -182,26 +192,54 @@ class RecurrentBase(nn.RNNBase):
         with without_autocast(x):
             state = [s.to(inside) for s in self._initial(x, batch, state)]
             run = self._native if self._is_native(x, lengths) else self._layers
-            y, state = run(x.to(inside), state, lengths)
-            return y.to(outside), tuple(s.to(outside) for s in state)
+            y, final = run(x.to(inside), state, lengths)
+            return y.to(outside), tuple(s.to(outside) for s in final)
 
     def _packed(
         self, x: PackedSequence, state: Sequence[Tensor] | None
     ) -> tuple[PackedSequence, State]:
         if not self._is_native(x.data):
             padded, lengths = pad_packed_sequence(x, self.batch_first)
-            y, state = self._padded(padded, state, lengths.to(padded.device))
+            y, final = self._padded(padded, state, lengths.to(padded.device))
             if x.sorted_indices is not None:
                 y = y.index_select(0 if self.batch_first else 1, x.sorted_indices)
                 lengths = lengths[x.sorted_indices.cpu()]
             data = pack_padded_sequence(y, lengths, self.batch_first).data
-            return x._replace(data=data), state
+            return x._replace(data=data), final
         self.check_input(x.data, x.batch_sizes)
         inside, outside = precision(x.data)
         with without_autocast(x.data):
-            state = [s.to(inside) for s in self._initial(x.data, int(x.batch_sizes[0]), state)]
-            y, state = self._native(x._replace(data=x.data.to(inside)), state, None)
-            return y._replace(data=y.data.to(outside)), tuple(s.to(outside) for s in state)
+            packed, final = packed_stack(
+                self.cell,
+                x._replace(data=x.data.to(inside)),
+                self._weights(inside),
+                [s.to(inside) for s in self._initial(x.data, int(x.batch_sizes[0]), state)],
+                layers=self.num_layers,
+                directions=self.num_directions,
+                dropout=self.dropout,
+                training=self.training,
+            )
+            data = packed.data.to(outside)
+            return packed._replace(data=data), tuple(s.to(outside) for s in final)
+
+    def plan(self, x: Tensor) -> tuple[LaunchPlan, LaunchPlan]:
+        """How `backend="triton"` would run one layer over x; printing a plan says it in words.
+
+        Args:
+            x: padded input, as for the layer itself. On a CPU the plan is for an H200.
+
+        Returns:
+            The plans of the forward and of the backward pass.
+
+        Raises:
+            ValueError: no plan fits the device.
+        """
+        from kernels.ops import plan
+
+        batch = 1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1]
+        like = x.new_empty(0, dtype=precision(x)[0])
+        shape = (self.cell, self.hidden_size, batch, self.num_directions, like)
+        return plan(*shape, backward=False), plan(*shape, backward=True)
 
     def _is_native(self, x: Tensor, lengths: Tensor | None = None) -> bool:
         backend = choose_backend(self.backend, x, self.proj_size > 0)
@@ -209,15 +247,17 @@ class RecurrentBase(nn.RNNBase):
             self.cell, self.recurrent_dropout, self.zoneout, self.training, lengths
         )
 
+    def _weights(self, dtype: torch.dtype) -> list[Tensor]:
+        return [getattr(self, name).to(dtype) for name in self._flat_weights_names]
+
     def _native(
-        self, x: Tensor | PackedSequence, state: Sequence[Tensor], lengths: Tensor | None
-    ) -> tuple[Tensor | PackedSequence, State]:
+        self, x: Tensor, state: Sequence[Tensor], lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
         """All layers in one call of torch's kernels."""
-        data = x.data if isinstance(x, PackedSequence) else x
-        return stack(
+        return padded_stack(
             self.cell,
             x,
-            [getattr(self, name).to(data.dtype) for name in self._flat_weights_names],
+            self._weights(x.dtype),
             state,
             layers=self.num_layers,
             directions=self.num_directions,
@@ -279,5 +319,5 @@ class RecurrentBase(nn.RNNBase):
                 f"got {list(x_t.shape)}"
             )
         time = 1 if self.batch_first and x_t.dim() == 2 else 0
-        y, state = self._forward(x_t.unsqueeze(time), state, None)
-        return y.squeeze(time), state
+        y, final = self._padded_or_row(x_t.unsqueeze(time), state)
+        return y.squeeze(time), final

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from .recurrent import GRU, LSTM, RNN
 
-LAYERS = {
+LAYERS: dict[str, Callable[..., LSTM | GRU | RNN]] = {
     "lstm": LSTM,
     "lstm_peephole": partial(LSTM, peephole=True),
     "lstm_layernorm": partial(LSTM, layer_norm=True),
@@ -61,7 +62,7 @@ class RecurrentStack(nn.Module):
         layer_norm: bool = False,
         batch_first: bool = False,
         backend: str = "auto",
-        **cell_options: object,
+        **cell_options: Any,
     ) -> None:
         super().__init__()
         if cell not in LAYERS:
@@ -146,6 +147,7 @@ class RecurrentStack(nn.Module):
             RuntimeError: the stack is bidirectional.
         """
         finals = []
+        layer: Any
         for index, layer in enumerate(self.layers):
             y, final = layer.step(
                 self._below(index, x_t), None if states is None else states[index]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,9 @@ def covers(
 
 
 @untraced
-def stack(
+def padded_stack(
     cell: str,
-    x: Tensor | PackedSequence,
+    x: Tensor,
     weights: Sequence[Tensor],
     state: Sequence[Tensor],
     *,
@@ -46,30 +46,29 @@ def stack(
     training: bool = False,
     batch_first: bool = False,
     lengths: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, State]:
-    """Run a stack of equal layers.
+) -> tuple[Tensor, State]:
+    """Run a stack of equal layers over a padded batch.
 
     Args:
-        cell: name of a cell with a `torch_name`.
-        x: [T, B, I], or [B, T, I] if `batch_first`, or packed.
+        cell: name of a cell that `covers` accepts.
+        x: [T, B, I], or [B, T, I] if `batch_first`.
         weights: for each layer, for each direction: w_ih, w_hh, then b_ih and b_hh where there are
             biases, then w_hr where there is a projection.
-        state: initial h [layers * D, B, P] and, for the LSTM, c [layers * D, B, H], in the batch
-            order of x.
+        state: initial h [layers * D, B, P] and, for the LSTM, c [layers * D, B, H].
         layers: number of layers.
         directions: D.
         dropout: probability that an output of a layer but the last is zeroed, in training.
         training: whether dropout acts.
-        batch_first: layout of a padded x.
+        batch_first: layout of x.
         lengths: valid steps of each row, int64 [B], or None. The batch is packed: on a GPU this
             waits for the lengths, which cuDNN wants on the host.
 
     Returns:
-        Output in the form of x, and the final states shaped as the initial ones.
+        Output in the layout of x, and the final states shaped as the initial ones.
     """
     if lengths is not None:
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
-        packed, state = stack(
+        packed, final = packed_stack(
             cell,
             packed,
             weights,
@@ -80,21 +79,55 @@ def stack(
             training=training,
         )
         steps = x.shape[1 if batch_first else 0]
-        return pad_packed_sequence(packed, batch_first, total_length=steps)[0], state
-    spec = CELLS[cell]
-    run = getattr(torch, spec.torch_name)
-    biases = any(w.dim() == 1 for w in weights[:4])
-    options = (biases, layers, dropout, training, directions == 2)
-    if not isinstance(x, PackedSequence):
-        y, *state = run(x, _hidden(state), weights, *options, batch_first)
-        return y, tuple(state)
+        return pad_packed_sequence(packed, batch_first, total_length=steps)[0], final
+    options = (_biases(weights), layers, dropout, training, directions == 2, batch_first)
+    y, *results = _kernel(cell)(x, _hidden(state), weights, *options)
+    return y, tuple(results)
+
+
+@untraced
+def packed_stack(
+    cell: str,
+    x: PackedSequence,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    *,
+    layers: int = 1,
+    directions: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[PackedSequence, State]:
+    """Run a stack of equal layers over a packed batch.
+
+    Args:
+        cell: as in `padded_stack`.
+        x: the packed input.
+        weights: as in `padded_stack`.
+        state: as in `padded_stack`, rows in the order that they had before packing.
+        layers: as in `padded_stack`.
+        directions: as in `padded_stack`.
+        dropout: as in `padded_stack`.
+        training: as in `padded_stack`.
+
+    Returns:
+        Output packed as x, and the final states shaped and ordered as the initial ones.
+    """
     data, batch_sizes, order, inverse = x
     if order is not None:
         state = [s.index_select(1, order) for s in state]
-    y, *state = run(data, batch_sizes, _hidden(state), weights, *options)
+    options = (_biases(weights), layers, dropout, training, directions == 2)
+    y, *results = _kernel(cell)(data, batch_sizes, _hidden(state), weights, *options)
     if inverse is not None:
-        state = [s.index_select(1, inverse) for s in state]
-    return PackedSequence(y, batch_sizes, order, inverse), tuple(state)
+        results = [s.index_select(1, inverse) for s in results]
+    return PackedSequence(y, batch_sizes, order, inverse), tuple(results)
+
+
+def _kernel(cell: str) -> Callable[..., Sequence[Tensor]]:
+    return getattr(torch, str(CELLS[cell].torch_name))
+
+
+def _biases(weights: Sequence[Tensor]) -> bool:
+    return any(w.dim() == 1 for w in weights)
 
 
 def _hidden(state: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -119,9 +152,10 @@ def recurrence(
     seed: int = 0,
 ) -> tuple[Tensor, State]:
     """One layer; the arguments are those of `reference.recurrence`, of which `covers` must hold."""
-    if b_ih is not None or b_hh is not None:
-        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
-        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    if b_hh is None and b_ih is not None:
+        b_hh = torch.zeros_like(b_ih)
     given = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     weights = [w[d] for d in range(w_ih.shape[0]) for w in given]
-    return stack(cell, x, weights, state, directions=w_ih.shape[0], lengths=lengths)
+    return padded_stack(cell, x, weights, state, directions=w_ih.shape[0], lengths=lengths)

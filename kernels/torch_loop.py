@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +367,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         options: Options,
         gates: Tensor,
         w_hh: Tensor,
@@ -389,10 +389,10 @@ class _Recurrence(torch.autograd.Function):
             buffer[first, row] = value
         before, after = zip(*(options.before_and_after(s) for s in states), strict=True)
         apart = options.buffer(gates, steps, batch, cell.apart * hidden)
-        unprojected = None if w_hr is None else options.buffer(gates, steps, batch, hidden)
+        unprojected = options.buffer(gates, steps, batch, 0 if w_hr is None else hidden)
         z, kept = options.rows(gates), options.rows(apart)
         old, new = (list(zip(*map(options.rows, s), strict=True)) for s in (before, after))
-        raw = None if w_hr is None else options.rows(unprojected)
+        raw = options.rows(unprojected)
         parts = options.zoneout()
         for t in options.order():
             seen = old[t][0]
@@ -414,9 +414,7 @@ class _Recurrence(torch.autograd.Function):
         return y, *(s[last, row] for s in states)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, dy: Tensor | None, *dfinal: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the backward of backend='torch' is not differentiable for this cell: use "
@@ -437,7 +435,8 @@ class _Recurrence(torch.autograd.Function):
             options.buffer(gates, *apart.shape),
             [gates.new_zeros(gates.shape[1], p.shape[0]) for p in params],
         )
-        dprojected = None if w_hr is None else options.buffer(gates, *before[0].shape)
+        size = 0 if w_hr is None else w_hr.shape[0]
+        dprojected = options.buffer(gates, *gates.shape[:2], size)
         z, kept, see = (options.rows(b) for b in (gates, apart, seen))
         dz, dkept = options.rows(grads.gates), options.rows(grads.apart)
         old = list(zip(*map(options.rows, before), strict=True))
@@ -468,9 +467,7 @@ class _Recurrence(torch.autograd.Function):
         return None, grads.gates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
 
 
-def _input_part(
-    cell: str, x: Tensor, w: Mapping[str, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
+def _input_part(cell: str, x: Tensor, w: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The gates' input part with every bias that can be added outside, and the one that cannot."""
     bias, b_hh, left = w["b_ih"], w["b_hh"], None
     if b_hh is not None:
@@ -506,9 +503,8 @@ def recurrence(
     """One layer, all its directions; arguments and results are those of `reference.recurrence`."""
     dtype = x.dtype
     if dtype in (torch.bfloat16, torch.float16):
-        x, w_ih, w_hh, b_ih, b_hh, w_hr = (
-            None if v is None else v.float() for v in (x, w_ih, w_hh, b_ih, b_hh, w_hr)
-        )
+        x, w_ih, w_hh = x.float(), w_ih.float(), w_hh.float()
+        b_ih, b_hh, w_hr = (None if v is None else v.float() for v in (b_ih, b_hh, w_hr))
         params, state = {k: v.float() for k, v in params.items()}, [s.float() for s in state]
     steps, batch, directions = x.shape[0], x.shape[1], w_ih.shape[0]
     counts, order = [batch] * steps, None
