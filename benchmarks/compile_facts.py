@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
@@ -175,7 +172,7 @@ def grid(options: argparse.Namespace) -> Iterator[tuple[int, str, LaunchPlan]]:
         options.dtypes,
         options.hidden,
         options.cells,
-        BATCHES,
+        options.batches,
         (False, True),
     ):
         dtype, precision = DTYPES[name]
@@ -193,9 +190,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
+    if launch.interpreted(forward.forward_kernel):
+        parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     done = set()
     if options.output.exists():
         with options.output.open(newline="") as file:

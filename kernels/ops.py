@@ -15,7 +15,14 @@ from torch import Tensor
 from .persistent.backward import backward
 from .persistent.forward import Saved, forward, forward_kernel
 from .persistent.launch import Masks, interpreted
-from .persistent.plan import BLOCKS, choose, device_of, loop_parameters, product_precision
+from .persistent.plan import (
+    BLOCKS,
+    LaunchPlan,
+    choose,
+    device_of,
+    loop_parameters,
+    product_precision,
+)
 from .persistent.products import parameter_gradients, previous, rebuild, weight_gradient
 from .philox import recurrent_mask
 from .reference import input_gates
@@ -40,16 +47,25 @@ class Options(NamedTuple):
         return Masks(self.seed, self.recurrent_dropout, self.zoneout, self.training)
 
 
-def _plan(cell: str, like: Tensor, w_hh: Tensor, batch: int, backward: bool) -> Any:
+def plan(
+    cell: str, hidden_size: int, batch: int, directions: int, like: Tensor, backward: bool
+) -> LaunchPlan:
+    """How a pass over a batch would be launched; `print` says it in words.
+
+    Args:
+        cell: name in `CELLS`.
+        hidden_size: H.
+        batch: B.
+        directions: 1 or 2.
+        like: a tensor of the dtype and on the device of the computation.
+        backward: which pass.
+
+    Raises:
+        ValueError: no plan fits the device.
+    """
+    precision = product_precision(like)
     return choose(
-        cell,
-        w_hh.shape[-1],
-        batch,
-        w_hh.shape[0],
-        like.dtype,
-        product_precision(like),
-        backward,
-        device_of(like),
+        cell, hidden_size, batch, directions, like.dtype, precision, backward, device_of(like)
     )
 
 
@@ -73,10 +89,10 @@ def recurrence_op(
     if steps == 0 or batch == 0:
         empty = _outputs(x_gates, w_hh, state, cell, save)
         return (empty[0], *(s.clone() for s in state), *empty[1 + len(state) :])
-    plan = _plan(cell, x_gates, w_hh, batch, False)
+    launch = plan(cell, w_hh.shape[-1], batch, len(w_hh), x_gates, False)
     masks = Options(cell, seed, recurrent_dropout, zoneout, training).masks
     y, final, saved = forward(
-        plan, x_gates.contiguous(), w_hh.contiguous(), b_hh, params, [s.contiguous() for s in state],
+        launch, x_gates.contiguous(), w_hh.contiguous(), b_hh, params, [s.contiguous() for s in state],
         lengths, masks, save,
     )  # fmt: skip
     none = x_gates.new_empty(0)
@@ -142,11 +158,11 @@ def backward_op(
     """The backward loop: gradients of the recurrent and the input part of the gates, of h_0 and c_0."""
     empty = _gradients(dy, w_hh, state, cell)
     if dy.numel() == 0:
-        return (*empty[:2], *(d.float() for d in d_state), *empty[2 + len(state) :])
-    plan = _plan(cell, dy, w_hh, dy.shape[1], True)
+        return (*empty[:2], *(d.to(torch.float32, copy=True) for d in d_state), *empty[2 + len(state) :])
+    launch = plan(cell, w_hh.shape[-1], dy.shape[1], len(w_hh), dy, True)
     blocks, cell_state, statistics = (s if s.numel() else None for s in saved)
     recurrent, inputs, d_initial = backward(
-        plan, dy.contiguous(), [d.contiguous() for d in d_state], w_hh.contiguous(), params,
+        launch, dy.contiguous(), [d.contiguous() for d in d_state], w_hh.contiguous(), params,
         [s.contiguous() for s in state], y, Saved(blocks, cell_state, statistics), lengths,
         Options(cell, seed, recurrent_dropout, zoneout, training).masks,
     )  # fmt: skip

@@ -1,6 +1,35 @@
 """From shape and device to a launch: the only tuning table of the recurrent kernels.
 
-PLACEHOLDER
+Counts of one time step of an LSTM in 16 bits, one direction, slices of U = 16 units (P = H / 16 programs a
+group). Forward and backward multiply alike, 2 G H^2 B operations; each program reads h of its rows, H R values
+(backward: the gradients of all gates, G H R), and multiplies by its 2 G U H bytes of weights.
+
+    H     B   | MFLOP | L2 reads MB        | barriers | weights read from shared memory
+              |       | forward   backward |          | per program
+    256   16  |   8.4 |   0.13       0.52  |    1     |  32 KB
+    256   64  |    34 |   0.52       2.1   |    1     |  32 KB
+    512   16  |    34 |   0.52       2.1   |    1     |  64 KB
+    512   64  |   134 |   2.1        8.4   |    1     |  64 KB
+    1024  16  |   134 |   2.1        8.4   |    1     | 128 KB
+    1024  64  |   537 |   8.4       34     |    1     | 128 KB
+
+At 5.5 MB/µs of L2, 0.22 MB/µs of shared memory per multiprocessor and 1 µs per barrier: forward is bound by the
+barrier up to H = 512 and, with B = 64 at H = 1024, by L2; backward is bound by L2 from H = 512 with B = 64 and
+H = 1024 with B = 16 on. Arithmetic never bounds: 537 MFLOP are 0.6 µs on 128 multiprocessors. The
+reset-before GRU meets twice a step, the layer-norm LSTM three times. All constants are other people's measurements
+(H100), none is ours: compare them with `python -m benchmarks gpu_speed` before trusting a modelled time.
+
+How backward could be split otherwise, and why it is not:
+
+- Each program multiplies its own gate gradients by its rows of R and the partial dh [H, R] are summed over the group
+  (a reduce-scatter): it reads H R float32 values per program instead of G H R 16-bit ones, half for the LSTM, but
+  writes as many as it reads, where the gather writes next to nothing: the same traffic, a larger product tile
+  (M = H, which spills from H = 512 on) and P roundings to sum in a fixed order. For float32 it would halve the traffic.
+- Splitting the gates among programs as well as the units cuts the reads by G and adds an exchange of partial dh:
+  a second barrier of 1 µs saves less than that below H = 1024 with B = 64.
+- Gathering h and c and computing all gate gradients in every program reads less, but repeats H R gates of
+  arithmetic P times, several µs at H = 1024.
+- Larger slices: at H = 512, U = 32 halves the reads but not the barrier, and doubles the time to read the weights.
 """
 
 from __future__ import annotations
@@ -50,12 +79,18 @@ INTERPRETER = Device("Triton's interpreter", (9, 0), 132, 232448)
 class Config:
     """The compile-time constants of a kernel, `tl.constexpr` each.
 
-    H hidden size, G gates, D directions, U units of a slice, P slices, PP the power of two not below P,
-    R batch rows of a tile, K inner size of a weight tile, CHUNKS tiles along H, RESIDENT whether they stay on chip,
-    EXCHANGES barriers a step, SAVED blocks the forward saves, STATISTICS numbers per row, SEPARATE blocks of the input part's gradient
-    where it is not the recurrent part's (else 0), PRODUCTS of a step, PARAMETERS blocks of extra parameters,
-    ZONEOUT 0 none, 1 expected, 2 drawn, PRECISION of float32 products, UPCAST before products, BARRIER variant,
-    TRIES of a bounded wait, EPS of normalisations.
+    Attributes:
+        H: hidden size. G: gates. D: directions.
+        U: units of a slice. P: slices. PP: the power of two not below P. R: batch rows of a tile.
+        K: inner size of a weight tile. CHUNKS: tiles along H. RESIDENT: whether they stay on chip.
+        EXCHANGES: barriers a step. PRODUCTS: recurrent products of a step.
+        SAVED: blocks the forward saves. STATISTICS: numbers it saves per row.
+        SEPARATE: blocks of the input part's gradient where it differs from the recurrent part's, else 0.
+        PARAMETERS: blocks of extra parameters.
+        ZONEOUT: 0 none, 1 the expectation, 2 drawn.
+        PRECISION: of float32 products. UPCAST: whether operands are made float32 first.
+        BARRIER: variant of the group barrier. TRIES: polls of a bounded one.
+        EPS: of normalisations.
     """
 
     H: tl.constexpr
@@ -89,7 +124,7 @@ class Blocks:
     Attributes:
         saved: blocks of H saved for the gradient at each step.
         statistics: float32 numbers saved per row at each step.
-        separate: blocks of the input part's gradient where it differs from the recurrent part's, else 0.
+        separate: blocks of the input part's gradient where it is not the recurrent part's, else 0.
         products: gates (first, count) of each recurrent product of a step.
     """
 
@@ -304,8 +339,9 @@ def _candidates(
         yield _Shape(padded, 16, padded, 8 if wide else 4, True)
     for rows in (16, 32, 64):
         if backward:
-            chunk = 64 if normed else 512 // itemsize
-            yield _Shape(16, rows, min(chunk, padded), 8, True)
+            chunk = 64 if normed or itemsize == 4 else 256
+            if not (normed and rows == 16 and size > 512):
+                yield _Shape(16, rows, min(chunk, padded), 8, True)
             continue
         short = rows > 16 or len(BLOCKS[cell].products) > 1
         chunk = min(padded, (256 if short else 512) // itemsize)
@@ -314,9 +350,7 @@ def _candidates(
             few = height < 64 or steps <= (most if rows <= 32 else 32)
             if few and height <= 256 and len(BLOCKS[cell].products) * units <= 32:
                 yield _Shape(units, rows, chunk, 4 if height <= 64 else 8, True)
-        if (
-            tall > 1 and steps > 64
-        ):  # 8 units are too few rows for wgmma, and so need no descriptors
+        if tall > 1 and steps > most:
             yield _Shape(8, rows, chunk, 4, True)
     for units in (16, 32, 64):
         yield _Shape(units, 16, min(padded, 128 // itemsize), 8 if units > 16 else 4, False)
@@ -394,7 +428,7 @@ def _shared_bytes(cell: str, size: int, shape: _Shape, itemsize: int, backward: 
     height = 1 if backward else max(_rows_padded(count) for _, count in BLOCKS[cell].products)
     inner = shape.chunk if shape.resident else 2 * shape.chunk
     tile = shape.units * shape.rows
-    gates = tile * (4 + 4 * itemsize) if backward else 4 * height * tile
+    gates = tile * (4 + 4 * itemsize) if backward else 4 * max(height, 2) * tile
     operand = max(inner * shape.rows * itemsize, gates)
     if not shape.resident:
         return operand + 2 * height * shape.units * shape.chunk * itemsize + MARGIN

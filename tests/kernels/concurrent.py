@@ -107,14 +107,3 @@ def run_concurrently(monkeypatch: pytest.MonkeyPatch, stagger: float = 0.0) -> N
     """From here on every launch runs its programs at the same time, with the real barrier."""
     monkeypatch.setattr(launch, "INTERPRET_SERIALLY", False)
     monkeypatch.setattr(launch, "dispatch", partial(dispatch, seconds=0.002, stagger=stagger))
-
-
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors that nobody has filled hold NaN."""
-    real = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *shape: object, **options: object) -> torch.Tensor:
-        out = real(self, *shape, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

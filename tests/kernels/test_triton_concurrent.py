@@ -6,8 +6,8 @@ import torch
 from kernels import CELLS, ops
 from kernels.persistent import launch, primitives
 from tests.kernels.cases import outputs, random_layer
-from tests.kernels.concurrent import poison, run_concurrently
-from tests.kernels.triton_cases import assert_accurate, force
+from tests.kernels.concurrent import run_concurrently
+from tests.kernels.triton_cases import assert_accurate, force, poison
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the programs run on the GPU")
 LENGTHS = torch.tensor([2, 0, 3])
