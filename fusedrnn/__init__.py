@@ -12,7 +12,8 @@ if not hasattr(_kernels, "CellSpec"):
 
 from .crf import CRF
 from .recurrent import GRU, LSTM, RNN
+from .saving import load, save
 from .stack import RecurrentStack
 
 __version__ = _kernels.__version__
-__all__ = ["CRF", "GRU", "LSTM", "RNN", "RecurrentStack"]
+__all__ = ["CRF", "GRU", "LSTM", "RNN", "RecurrentStack", "load", "save"]

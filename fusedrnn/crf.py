@@ -244,6 +244,7 @@ class CRF(nn.Module):
             raise ValueError(f"scheme {scheme!r} needs the tag names: pass tags")
         self.num_tags = num_tags
         self.scheme = scheme
+        self.tags = None if tags is None else list(tags)
         self.start = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
         self.end = nn.Parameter(torch.empty(num_tags))

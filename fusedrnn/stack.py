@@ -69,6 +69,17 @@ class RecurrentStack(nn.Module):
             raise ValueError(f"cell must be one of {', '.join(LAYERS)}, got {cell!r}")
         if not hidden_sizes:
             raise ValueError("hidden_sizes must name at least one layer")
+        self.arguments = {
+            "input_size": input_size,
+            "hidden_sizes": list(hidden_sizes),
+            "cell": cell,
+            "bidirectional": bidirectional,
+            "dropout": dropout,
+            "residual": residual,
+            "layer_norm": layer_norm,
+            "batch_first": batch_first,
+            "backend": backend,
+        } | {key: v for key, v in cell_options.items() if key not in ("device", "dtype")}
         self.input_size = input_size
         self.hidden_sizes = list(hidden_sizes)
         self.cell = cell
