@@ -44,7 +44,7 @@ HIDDEN = (64, 128, 200, 256, 512, 768, 1024)
 BATCHES = (1, 16, 64)
 KEY = (
     *("triton", "capability", "cell", "dtype", "pass", "hidden_size"),
-    *("rows", "units", "chunk", "warps", "resident"),
+    *("rows", "units", "chunk", "warps", "resident", "masked", "barrier"),
 )
 
 Row = dict[str, object]
@@ -124,8 +124,13 @@ def facts(
     }
 
 
-def compile_plan(plan: LaunchPlan) -> Row:
-    """Facts of the kernel that `plan` launches, from a call of its launcher with two time steps."""
+def compile_plan(plan: LaunchPlan, masked: bool = False) -> Row:
+    """Facts of the kernel that `plan` launches, from a call of its launcher with two time steps.
+
+    Args:
+        plan: what to launch.
+        masked: with lengths, recurrent dropout and zoneout.
+    """
     found: Row = {}
 
     def dispatch(*launch_arguments: object, **arguments: object) -> None:
@@ -135,6 +140,8 @@ def compile_plan(plan: LaunchPlan) -> Row:
         return torch.zeros(*shape, dtype=dtype)
 
     spec, blocks = CELLS[plan.cell], BLOCKS[plan.cell]
+    masks = launch.Masks(1, 0.1, 0.1, True) if masked else launch.Masks()
+    lengths = torch.ones(plan.rows, dtype=torch.int64) if masked else None
     steps, batch, d, size = 2, plan.rows, plan.directions, plan.hidden_size
     extra = sum(loop_parameters(plan.cell).values()) * size
     params = new(d, extra) if extra else None
@@ -151,13 +158,13 @@ def compile_plan(plan: LaunchPlan) -> Row:
             )
             y = new(steps, batch, d * size)
             backward.backward(
-                plan, y, state, w_hh, params, state, y, saved, None, launch.Masks()
+                plan, y, state, w_hh, params, state, y, saved, lengths, masks
             )  # fmt: skip
         else:
             gates = new(steps, batch, d, spec.gates * size)
             bias = new(d, spec.gates * size)
             forward.forward(
-                plan, gates, w_hh, bias, params, state, None, launch.Masks(), "all"
+                plan, gates, w_hh, bias, params, state, lengths, masks, "all"
             )  # fmt: skip
     finally:
         launch.dispatch = real
@@ -191,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--masked", action="store_true", help="with lengths, dropout and zoneout")
+    parser.add_argument("--barrier", default=launch.BARRIER, choices=("atomic", "load", "bounded"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
@@ -200,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output.exists():
         with options.output.open(newline="") as file:
             done = {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
+    launch.BARRIER = options.barrier
     end = time.monotonic() + options.seconds
     for capability, name, plan in grid(options):
         row: Row = {
@@ -215,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
             "chunk": plan.chunk,
             "warps": plan.warps,
             "resident": plan.resident,
+            "masked": options.masked,
+            "barrier": options.barrier,
             "modelled_shared": plan.shared_bytes,
         }
         if tuple(str(row[k]) for k in KEY) in done:
@@ -223,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
             print("time is up; run again to go on")
             return
         driver.set_active(_Driver(capability))
-        row |= compile_plan(plan)
+        row |= compile_plan(plan, options.masked)
         print(*row.values(), flush=True)
         options.output.parent.mkdir(exist_ok=True)
         fresh = not options.output.exists()

@@ -76,7 +76,7 @@ def outputs_and_gradients(
     results = outputs(recurrence, layer, **options)
     generator = torch.Generator().manual_seed(1)
     cotangents = [
-        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype)
+        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r)
         for r in results.values()
     ]
     leaves = layer.leaves()

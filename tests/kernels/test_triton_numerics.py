@@ -5,7 +5,7 @@ import torch
 
 from kernels import CELLS, ops
 from tests.kernels.cases import outputs, outputs_and_gradients, random_layer
-from tests.kernels.triton_cases import DEVICE, assert_accurate, cast, force, poison
+from tests.kernels.triton_cases import DEVICE, assert_accurate, force, poison, to_device
 
 PROGRAMS = [pytest.param(0, id="one-program"), pytest.param(16, id="programs")]
 LENGTHS = [1, 0, 2]
@@ -16,18 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def layer_of(cell, dtype=torch.float32, **shape):
     shape = {"steps": 2, "batch": 3, "hidden": 21} | shape
-    layer = random_layer(cell, dtype=torch.float32, **shape)
-    return cast(layer, dtype) if DEVICE == "cpu" else cast(_to(layer), dtype)
-
-
-def _to(layer):
-    return type(layer)(
-        layer.cell,
-        *(None if t is None else t.to(DEVICE) for t in layer[1:6]),
-        {name: p.to(DEVICE) for name, p in layer.params.items()},
-        [s.to(DEVICE) for s in layer.state],
-        layer.w_hr,
-    )
+    return to_device(random_layer(cell, dtype=torch.float32, **shape), DEVICE, dtype)
 
 
 @pytest.mark.parametrize("units", PROGRAMS)

@@ -39,11 +39,11 @@ def force(monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[planning.L
     return used
 
 
-def cast(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The same values in another dtype, as leaves."""
+def to_device(layer: Layer, device: torch.device | str, dtype: torch.dtype) -> Layer:
+    """The same values in another dtype or on another device, as leaves."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+        return None if tensor is None else tensor.detach().to(device, dtype).requires_grad_()
 
     cell, x, w_ih, w_hh, b_ih, b_hh, params, state, w_hr = layer
     return Layer(
@@ -71,7 +71,9 @@ def assert_accurate(run: Callable, layer: Layer, **options: object) -> None:
     """
     dtype = layer.x.dtype
     oracle = {k: v for k, v in options.items() if k != "recompute"}
-    exact = outputs_and_gradients(reference.recurrence, cast(layer, torch.float64), **oracle)
+    exact = outputs_and_gradients(
+        reference.recurrence, to_device(layer, layer.x.device, torch.float64), **oracle
+    )
     plain = outputs_and_gradients(reference.recurrence, layer, **oracle)
     actual = outputs_and_gradients(run, layer, **options)
     assert actual.keys() == exact.keys()
