@@ -14,6 +14,10 @@ FORMAT = 1
 """Of what a task writes into a checkpoint; a reader refuses a later one."""
 
 
+HEADER = {"format", "task", "version", "arguments", "codec", "seed"}
+"""What every checkpoint of a task says, under `fusedrnn`."""
+
+
 class Codec(Protocol):
     """Turns text into model input and model output into text, and travels in the checkpoint."""
 
@@ -52,12 +56,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: truncated, or not a checkpoint that loads safely"
         ) from error
     header = checkpoint.get("fusedrnn") if isinstance(checkpoint, dict) else None
-    if not isinstance(header, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path}: not a checkpoint of fusedrnn")
-    if header["format"] > FORMAT:
+    header = header if isinstance(header, dict) else {}
+    written = header.get("format")
+    if isinstance(written, int) and written > FORMAT:
         raise CheckpointError(
-            f"{path}: written by fusedrnn {header['version']}, newer than {kernels.__version__}"
+            f"{path}: written by fusedrnn {header.get('version')}, newer than {kernels.__version__}"
         )
+    if HEADER - header.keys() or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path}: not a checkpoint of fusedrnn")
     return checkpoint
 
 

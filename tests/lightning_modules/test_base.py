@@ -77,6 +77,8 @@ def spoil(path, kind):
         torch.save({"state_dict": Evil(), "fusedrnn": {}}, spoilt)
     elif kind == "foreign":
         torch.save({"state_dict": BoringModel().state_dict()}, spoilt)
+    elif kind == "namesake":
+        torch.save({"state_dict": {}, "fusedrnn": {"format": 1, "task": "ToyTask"}}, spoilt)
     elif kind == "tensor":
         torch.save(torch.zeros(2), spoilt)
     elif kind == "newer":
@@ -99,6 +101,7 @@ UNREADABLE = "truncated, or not a checkpoint that loads safely"
         ("pickle", UNREADABLE),
         ("evil", UNREADABLE),
         ("foreign", "not a checkpoint of fusedrnn"),
+        ("namesake", "not a checkpoint of fusedrnn"),
         ("tensor", "not a checkpoint of fusedrnn"),
         ("newer", "written by fusedrnn 9.0, newer than 0.1.0"),
     ],
