@@ -374,7 +374,12 @@ class Seq2Seq(Task):
                 text alone.
             length_penalty: exponent of the length penalty; above 0 favours longer results.
             batch_size: lines read and decoded together; it changes the speed only.
+
+        Raises:
+            ValueError: an argument is out of range.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         waiting = iter(lines)
         while chunk := list(islice(waiting, batch_size)):
             for result in self.translate(chunk, beam_size, n_best, length_penalty, batch_size):

@@ -208,8 +208,10 @@ class Tagger(Task):
             For each sentence its words with their tags; an empty list for one without words.
 
         Raises:
-            ValueError: `batch_size` < 1, or an unknown tokenizer.
+            ValueError: a single string, `batch_size` < 1, or an unknown tokenizer.
         """
+        if isinstance(sentences, str):
+            raise ValueError("sentences: expected a list of sentences, got a single string")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         was_training = self.training

@@ -335,8 +335,9 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda m: m.translate(["a"], beam_size=0), "n_best=1, beam_size=0"),
         (lambda m: m.translate(["a"], batch_size=0), "batch_size: expected at least 1, got 0"),
         (lambda m: m.translate(["a"], length_penalty=-1.0), "alpha must be at least 0"),
+        (lambda m: [*m.predict_lines(["a"], batch_size=0)], "batch_size: expected at least 1"),
     ],
-    ids=["string", "n-best", "beam", "batch", "penalty"],
+    ids=["string", "n-best", "beam", "batch", "penalty", "batch of lines"],
 )
 def test_wrong_requests_are_named(fitted, call, message):
     with pytest.raises(ValueError, match=message):

@@ -172,6 +172,8 @@ def test_odd_sentences_are_tagged(trained: tuple[Tagger, Path]) -> None:
     assert tagger.tag([]) == []
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         list(tagger.predict_lines(["we"], batch_size=0))
+    with pytest.raises(ValueError, match="expected a list of sentences, got a single string"):
+        tagger.tag("we live")
 
 
 def test_tags_unseen_in_training_count_as_errors(
