@@ -116,6 +116,11 @@ def test_numbered_columns_skip_what_is_no_word(write) -> None:
     assert sentences == [Sentence(["de", "le"], ["O", "B-PER"])]
 
 
+def test_scores_and_decimals_are_tokens_where_nothing_is_numbered(write) -> None:
+    text = "won O\n3-2 O\n8.1 B-NUM\n"
+    assert read_columns(write(text)) == [Sentence(["won", "3-2", "8.1"], ["O", "O", "B-NUM"])]
+
+
 def test_only_spaces_and_tabs_separate(write) -> None:
     text = "a\u00a0b O\nc\u2028d\tO\n"
     assert read_columns(write(text), delimiter=" ")[0].tokens == ["a\u00a0b", "c\u2028d"]
