@@ -99,6 +99,9 @@ class RecurrentBase(nn.RNNBase):
                 self.register_parameter(*extra[-1])
         self._initialise(extra)
 
+    recurrence = staticmethod(recurrence)
+    """What runs one layer, unless torch runs all; `fusedrnn.diagnostics` puts a watcher here."""
+
     @property
     def num_directions(self) -> int:
         """D: 2 if bidirectional, else 1."""
@@ -282,7 +285,7 @@ class RecurrentBase(nn.RNNBase):
         draws = self.training and (self.recurrent_dropout > 0 or self.zoneout > 0)
         finals = []
         for layer in range(self.num_layers):
-            y, final = recurrence(
+            y, final = self.recurrence(
                 self.cell,
                 y,
                 self._stacked("weight_ih", layer, x.dtype),

@@ -48,6 +48,12 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """[T, B, I] with zeros past each row's end, whatever stood there."""
+    padding = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
+    return x.masked_fill(padding[..., None], 0.0)
+
+
 def choose_backend(backend: str, x: Tensor, projected: bool = False) -> str:
     """Resolve "auto": triton on a GPU for what its kernels compute, torch for everything else.
 
@@ -128,8 +134,7 @@ def recurrence(
     covered = native.covers(cell, recurrent_dropout, zoneout, training, lengths)
     run = _implementation(choose_backend(backend, x, w_hr is not None), covered)
     if lengths is not None and run is not native.recurrence:
-        padding = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
-        x = x.masked_fill(padding[..., None], 0.0)
+        x = without_padding(x, lengths)
     return run(
         cell,
         x,

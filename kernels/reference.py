@@ -148,6 +148,7 @@ def recurrence(
     zoneout: float = 0.0,
     training: bool = False,
     seed: int = 0,
+    watch: Callable[[int, int, State], None] | None = None,
 ) -> tuple[Tensor, State]:
     """One layer, all its directions, step by step.
 
@@ -169,6 +170,8 @@ def recurrence(
             evaluation the expectation is taken instead.
         training: whether masks are drawn.
         seed: Philox seed of the masks.
+        watch: called at every step with the direction, the time and the new state, whose gradients
+            are then those along all paths.
 
     Returns:
         Output [T, B, D*P] and the final states, shaped as the initial ones.
@@ -202,6 +205,8 @@ def recurrence(
                 )
             elif zoneout > 0:
                 new = tuple((1 - zoneout) * n + zoneout * s for n, s in zip(new, now, strict=True))
+            if watch is not None:
+                watch(d, t, new)
             if lengths is not None:
                 alive = (t < lengths)[:, None]
                 new = tuple(torch.where(alive, n, s) for n, s in zip(new, now, strict=True))

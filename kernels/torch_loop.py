@@ -467,6 +467,26 @@ class _Recurrence(torch.autograd.Function):
         return None, grads.gates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
 
 
+def saved_gates(y: Tensor) -> list[Tensor]:
+    """The activated gates of each direction, from the graph of an output of `recurrence`.
+
+    Args:
+        y: an output that wants gradients, whose inputs have no history of this kind of their own.
+
+    Returns:
+        For each direction [T, B, G*H], rows from the longest to the shortest (ties as they were);
+        past a row's end there is nothing of meaning.
+    """
+    nodes, found = [y.grad_fn], {}
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, _Recurrence._backward_cls):
+            found[node.options.reverse] = node.saved_tensors[0]
+        elif node is not None:
+            nodes.extend(parent for parent, _ in node.next_functions)
+    return [found[reverse] for reverse in sorted(found)]
+
+
 def _input_part(cell: str, x: Tensor, w: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The gates' input part with every bias that can be added outside, and the one that cannot."""
     bias, b_hh, left = w["b_ih"], w["b_hh"], None

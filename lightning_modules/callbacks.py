@@ -1,5 +1,6 @@
 """What a run reports about itself."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -10,6 +11,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from fusedrnn.diagnostics import Record, draw, draw_history, record
+from lightning_modules.reporting import log_figure
 
 
 class Throughput(Callback):
@@ -59,6 +64,70 @@ class Throughput(Callback):
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None
+
+
+class GradientFlow(Callback):
+    """Shows how far back in time the loss reaches, in every recurrent layer, every N steps.
+
+    It logs the curves of `fusedrnn.diagnostics.draw` as `gradient_flow/curves`, for each layer a
+    heat map of ||dL/dh_t|| over time and training step as `gradient_flow/<layer>`, and as numbers
+    the spectral radius of its recurrent matrix and the mean of each gate.
+
+    Each of these steps takes the gradients that it trains with from the reference backend: slower,
+    rounded otherwise, and with another draw of the dropout between layers that torch fuses.
+
+    Args:
+        every_n_steps: N, in optimizer steps.
+
+    Raises:
+        ValueError: N is not positive.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._history: dict[str, dict[int, Tensor]] = {}
+        self._recording = contextlib.ExitStack()
+        self._records: dict[str, Record] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watches the layers in a step that is due, in its first batch."""
+        self._recording.close()  # still open if the last batch had no backward pass
+        fresh = trainer.global_step not in self._steps()
+        if fresh and trainer.global_step % self.every_n_steps == 0:
+            self._records = self._recording.enter_context(record(pl_module))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs what was watched."""
+        self._recording.close()
+        flows = {name: r.flow() for name, r in self._records.items() if r.reached}
+        self._records = {}
+        if not flows:
+            return
+        numbers: dict[str, float] = {}
+        log_figure(pl_module, "gradient_flow/curves", draw(flows))
+        for name, flow in flows.items():
+            history = self._history.setdefault(name, {})
+            history[trainer.global_step] = flow.hidden.cpu()
+            log_figure(pl_module, f"gradient_flow/{name}", draw_history(history, f"{name}: dL/dh"))
+            for gate, radius in flow.spectral_radius.items():
+                numbers[f"gradient_flow/{name}/spectral_radius_{gate}"] = radius.max().item()
+                mean = flow.gate_mean[gate].mean().item()
+                numbers[f"gradient_flow/{name}/mean_{gate}"] = mean
+        for logger in trainer.loggers:  # `pl_module.log` would repeat them at later steps
+            logger.log_metrics(numbers, step=trainer.global_step)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the layers their own backend back."""
+        self._recording.close()
+
+    def _steps(self) -> set[int]:
+        return {step for history in self._history.values() for step in history}
 
 
 class LatestRun(Callback):

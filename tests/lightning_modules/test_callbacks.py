@@ -1,12 +1,14 @@
 import csv
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_modules.callbacks import BestCheckpoint, LatestRun, Throughput
+import fusedrnn
+from lightning_modules.callbacks import BestCheckpoint, GradientFlow, LatestRun, Throughput
 from tests.toy import ToyData, ToyTask
 
 
@@ -135,3 +137,76 @@ def test_evaluation_copies_no_checkpoint(tmp_path):
         ToyTask(data.codec), data, ckpt_path=best, verbose=False
     )
     assert not (tmp_path / "toy/version_1/checkpoints").exists()
+
+
+class Recurrent(ToyTask):
+    """The toy task with a layer of ours."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.rnn = fusedrnn.GRU(8, 8, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = torch.nn.Linear(16, 2)
+
+
+def test_gradient_flow_is_logged_every_n_steps(tmp_path):
+    data = ToyData()
+    callback = GradientFlow(every_n_steps=4)
+    run = trainer(tmp_path, callback, max_steps=10, max_epochs=None, accumulate_grad_batches=2)
+    model = Recurrent(data.codec, dropout=0.0)
+    run.fit(model, data)
+    log = Path(run.logger.log_dir)
+    pictures = sorted(p.name for p in (log / "media" / "gradient_flow").iterdir())
+    kinds = ("curves", "rnn.l0", "rnn.l1")
+    assert pictures == sorted(f"{kind}_{step}.png" for kind in kinds for step in (0, 4, 8))
+    assert len(metrics(log, "gradient_flow/rnn.l1/spectral_radius_z")) == 3
+    means = metrics(log, "gradient_flow/rnn.l0/mean_z")
+    assert len(means) == 3 and all(0 < mean < 1 for mean in means)
+    assert model.rnn.backend == "auto" and "recurrence" not in vars(model.rnn)
+
+
+def test_gradient_flow_does_not_change_the_training(tmp_path):
+    data, weights = ToyData(train=12), []
+    for callbacks in ([], [GradientFlow(every_n_steps=1)]):
+        torch.manual_seed(0)
+        model = Recurrent(data.codec, dropout=0.5)
+        trainer(tmp_path, *callbacks).fit(model, data)
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert not torch.equal(weights[0], torch.zeros_like(weights[0]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_flow_passes_over_batches_and_layers_without_gradients(tmp_path):
+    class Idle(Recurrent):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.idle = fusedrnn.RNN(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            self.idle(torch.randn(3, 2, 8))
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    data = ToyData(train=8)
+    run = trainer(tmp_path, GradientFlow(every_n_steps=1))
+    model = Idle(data.codec)
+    run.fit(model, data)
+    pictures = [p.name for p in (Path(run.logger.log_dir) / "media" / "gradient_flow").iterdir()]
+    assert sorted(pictures) == ["curves_1.png", "rnn.l0_1.png", "rnn.l1_1.png"]
+    assert model.rnn.backend == "auto"
+
+
+def test_gradient_flow_gives_the_backends_back_after_an_error(tmp_path):
+    class Broken(Recurrent):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise ZeroDivisionError
+
+    data = ToyData()
+    model = Broken(data.codec)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, GradientFlow()).fit(model, data)
+    assert model.rnn.backend == "auto" and "recurrence" not in vars(model.rnn)
+
+
+def test_gradient_flow_needs_a_positive_number():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        GradientFlow(0)
