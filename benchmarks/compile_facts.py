@@ -1,10 +1,11 @@
-"""Compile the recurrent kernels without a GPU, for every plan of a grid, and write down what came out.
+"""Compile the recurrent kernels without a GPU, for a grid of plans, and write down what came out.
 
     python -m benchmarks.compile_facts [--cells lstm ...] [--capabilities 80 90 100] [--seconds 600]
 
-Rows are appended to benchmarks/results/compile_facts.csv as they come; those that are there for this version of
-Triton are not compiled again, so that a run which was cut short goes on. What is compiled is the launcher's own
-call: only the driver is replaced, by one that claims to be the wanted GPU.
+Rows are appended to benchmarks/results/compile_facts.csv as they come; those that are there for
+this version of Triton are not compiled again, so that a run which was cut short goes on. What is
+compiled is the launcher's own call: only the driver is replaced, by one that claims to be the
+wanted GPU.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def weights_reloaded(ttgir: str) -> int:
-    """How often the time loop copies to shared memory what was loaded before it: the weights, if anything."""
+    """How often the time loop copies to shared memory what was loaded before it: the weights."""
     lines = ttgir.splitlines()
     start = next(i for i, line in enumerate(lines) if "scf.for" in line)
     before = {m[1] for line in lines[:start] if (m := re.match(r"\s*(%[\w]+)(?::\d+)? =", line))}

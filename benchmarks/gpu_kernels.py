@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: accuracy, the cost of the barrier's variants, and speed against cuDNN.
+"""The Triton kernels on a GPU: accuracy, the variants of the barrier, and speed against cuDNN.
 
 Run `pytest -m gpu` first: a speed counts only for kernels that compute the right thing.
 """
@@ -152,7 +152,7 @@ def _speed_grid() -> Iterator[tuple[str, str, int, int, bool]]:
 
 @benchmark
 def gpu_speed() -> Iterator[Row]:
-    """Microseconds per step, input product included, of ours, the model and cuDNN's nearest cell."""
+    """Microseconds per step, input product included: ours, the model, cuDNN's nearest cell."""
     if not torch.cuda.is_available():
         yield NO_GPU
         return

@@ -1,7 +1,7 @@
 """The Triton kernels as torch operators, and the recurrence as a differentiable function of them.
 
-Two opaque operators, so that `torch.compile` neither traces nor changes the kernels; the products outside
-the time loop (input part, weight gradients) are plain torch and may be fused by it.
+Two opaque operators, so that `torch.compile` neither traces nor changes the kernels; the products
+outside the time loop (input part, weight gradients) are plain torch and may be fused by it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def recurrence_op(
     training: bool,
     save: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward loop: y, h_n, c_n, then what `save` ("all", "state" or "nothing") keeps; empty where absent."""
+    """The forward loop: y, h_n, c_n, then what `save` keeps; empty where absent."""
     steps, batch = x_gates.shape[:2]
     if steps == 0 or batch == 0:
         empty = _outputs(x_gates, w_hh, state, cell, save)
@@ -92,8 +92,8 @@ def recurrence_op(
     launch = plan(cell, w_hh.shape[-1], batch, len(w_hh), x_gates, False)
     masks = Options(cell, seed, recurrent_dropout, zoneout, training).masks
     y, final, saved = forward(
-        launch, x_gates.contiguous(), w_hh.contiguous(), b_hh, params, [s.contiguous() for s in state],
-        lengths, masks, save,
+        launch, x_gates.contiguous(), w_hh.contiguous(), b_hh, params,
+        [s.contiguous() for s in state], lengths, masks, save,
     )  # fmt: skip
     none = x_gates.new_empty(0)
     c_n = final[1] if len(final) == 2 else none
@@ -155,10 +155,14 @@ def backward_op(
     zoneout: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward loop: gradients of the recurrent and the input part of the gates, of h_0 and c_0."""
+    """The backward loop: gradients of the gates' recurrent and input parts, of h_0 and c_0."""
     empty = _gradients(dy, w_hh, state, cell)
     if dy.numel() == 0:
-        return (*empty[:2], *(d.to(torch.float32, copy=True) for d in d_state), *empty[2 + len(state) :])
+        return (
+            *empty[:2],
+            *(d.to(torch.float32, copy=True) for d in d_state),
+            *empty[2 + len(state) :],
+        )
     launch = plan(cell, w_hh.shape[-1], dy.shape[1], len(w_hh), dy, True)
     blocks, cell_state, statistics = (s if s.numel() else None for s in saved)
     recurrent, inputs, d_initial = backward(
@@ -220,7 +224,7 @@ class Recurrence(torch.autograd.Function):
         params: Tensor | None,
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`again` is (x, w_ih, b_ih, params outside the loop...), from which `recompute` rebuilds x_gates."""
+        """`again` holds the arguments of `_input_part`, from which `recompute` rebuilds x_gates."""
         save = "nothing" if not any(ctx.needs_input_grad) else "state" if recompute else "all"
         y, h_n, c_n, *saved = recurrence_op(
             x_gates, w_hh, b_hh, params, list(state), lengths, *options, save
@@ -323,11 +327,12 @@ def recurrence(
     seed: int = 0,
     recompute: bool = False,
 ) -> tuple[Tensor, State]:
-    """One layer, all its directions, by the Triton kernels; arguments are those of `reference.recurrence`.
+    """One layer, all its directions, by the Triton kernels.
 
     Args:
         cell: name in `CELLS`.
-        x: input [T, B, I]; float32, float16 or bfloat16, on a GPU (or any device under Triton's interpreter).
+        x: input [T, B, I]; float32, float16 or bfloat16, on a GPU (or any device under Triton's
+            interpreter).
         w_ih: [D, G*H, I].
         w_hh: [D, G*H, H].
         b_ih: [D, G*H] or None.
@@ -340,8 +345,8 @@ def recurrence(
         zoneout: probability in [0, 1).
         training: whether masks are drawn.
         seed: seed of the masks.
-        recompute: keep only h and c for the gradient, and rebuild the gates in the backward pass by one
-            product: a third of the memory for about one more forward product.
+        recompute: keep only h and c for the gradient, and rebuild the gates in the backward pass by
+            one product: a third of the memory for about one more forward product.
 
     Returns:
         Output [T, B, D*H] and the final states, shaped as the initial ones.
@@ -381,6 +386,6 @@ def _check(x: Tensor, w_hr: Tensor | None) -> None:
         )
     if not x.is_cuda and not interpreted(forward_kernel):
         raise ValueError(
-            f"backend='triton' needs a CUDA tensor, got one on {x.device}: move the layer and its input "
-            "to a GPU, choose backend='torch', or set TRITON_INTERPRET=1 before the first import to debug"
+            f"backend='triton' needs a CUDA tensor, got one on {x.device}: move the layer and its "
+            "input to a GPU, choose backend='torch', or set TRITON_INTERPRET=1 to debug"
         )

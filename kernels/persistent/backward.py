@@ -1,4 +1,4 @@
-"""The reverse-time loop of every cell, which yields the gradients of the gates, and its launcher."""
+"""The reverse-time loop of every cell, which yields the gates' gradients, and its launcher."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .primitives import backward_weights, kept, load_blocks, store_blocks
     repr=lambda s: f"rnn_backward_{s.constants['CELL'].__name__}", do_not_specialize=UNSPECIALISED
 )
 def backward_kernel(
-    dy, w, extra, initial, history, saved, grads, state_in, state_out, buffers, sync, lengths, masks,
-    T, B, seed, origin, first, last,
+    dy, w, extra, initial, history, saved, grads, state_in, state_out, buffers, sync, lengths,
+    masks, T, B, seed, origin, first, last,
     CELL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Steps first .. last, counted from the end, of one slice of one group; the grid is forward's."""
+    """Steps first .. last, counted from the end, of one slice of one group; forward's grid."""
     slice_, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     direction, top = (origin + group) % C.D, (origin + group) // C.D * C.R
     w += direction.to(tl.int64) * (C.G * C.H * C.H)
@@ -44,7 +44,7 @@ def backward_kernel(
     if extra is not None:
         N: tl.constexpr = C.PARAMETERS
         params = load_blocks(extra + direction * (N * C.H), unit, unit < C.H, N, C)
-    dropped, scale, zoned, zoneout = masks
+    dropped, scale = masks[0], masks[1]
     here = direction * B + top + row
     if scale is not None:
         keep = (tl.where(kept(seed, 0, here, unit, 0, dropped)[0], scale, 0.0),)
@@ -84,7 +84,7 @@ def backward_kernel(
 @triton.jit
 def _time(at, step):
     """The time index of a backward step, and which rows and units it concerns."""
-    direction, top, row, unit, real, length, steps = at
+    direction, real, length, steps = at[0], at[4], at[5], at[6]
     t = tl.where(direction == 1, step, steps - 1 - step)
     return t, real & (t < length) & (step < steps)
 
@@ -92,7 +92,7 @@ def _time(at, step):
 @triton.jit
 def _recall(dy, saved, history, start, at, step, T, B, C: tl.constexpr):
     """What the backward step needs from memory: asked for one step early, to be there in time."""
-    direction, top, row, unit, real, length, steps = at
+    direction, top, row, unit, _, length, steps = at
     t, alive = _time(at, step)
     before = tl.where(direction == 1, t + 1, t - 1)
     known = alive & (before >= 0) & (before < length)
@@ -161,7 +161,8 @@ def backward(
 
     Returns:
         Gradient of the recurrent part of the gates [T, B, D, G*H]; that of their input part, the
-        same tensor or one of its own, [T, B, D, SEPARATE*H]; gradients of the initial states, float32.
+        same tensor or one of its own, [T, B, D, SEPARATE*H]; gradients of the initial states,
+        float32.
     """
     steps, batch = dy.shape[:2]
     cell, size = BLOCKS[plan.cell], plan.hidden_size

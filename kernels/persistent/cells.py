@@ -1,12 +1,13 @@
 """The cells as their kernels see them: one step and its gradient each, a few lines.
 
-A step takes the input part of its gates, the state and the parameters, all float32 tiles [U, R] (parameters
-[U, 1]), and gets the recurrent part from `recur`. It returns the new state and what the gradient needs:
-blocks stored one after another, and statistics stored per batch row.
+A step takes the input part of its gates, the state and the parameters, all float32 tiles [U, R]
+(parameters [U, 1]), and gets the recurrent part from `recur`. It returns the new state and what the
+gradient needs: blocks stored one after another, and statistics stored per batch row.
 
-A gradient takes the gradients of the new state, what was saved, the previous state and the parameters. It
-returns the gradients of the input part of the gates, and of the previous state. `recur_grad` stores the
-gradients of the recurrent part; where both are the same, it does so for both.
+A gradient takes the gradients of the new state, what was saved, the previous state and the
+parameters. It returns the gradients of the input part of the gates, and of the previous state.
+`recur_grad` stores the gradients of the recurrent part; where both are the same, it does so for
+both.
 
 Gate order and equations are those of kernels/reference.py.
 """
@@ -99,10 +100,13 @@ def lstm_peephole_grad(d, saved, stats, previous, params, link, C: tl.constexpr)
 
 @triton.jit
 def lstm_layernorm(x, state, params, link, C: tl.constexpr):
-    """Eight blocks saved: i f g o and the normalised W h; parameters: four gains of it, gain and bias of c.
+    """Eight blocks saved: i f g o and the normalised W h.
 
-    Three exchanges: h, the moments of W h, the moments of c. Publishing c, o and moments together would
-    save one, at the price of o * tanh(LN(c)) computed for all H units by every program and twice the bytes.
+    Parameters: the four gains of the normalised W h, gain and bias of the normalised c.
+
+    Three exchanges: h, the moments of W h, the moments of c. Publishing c, o and moments together
+    would save one, at the price of o * tanh(LN(c)) computed for all H units by every program and
+    twice the bytes.
     """
     h, c = state
     place, weights, w, bias, keep, buffers, sync, step = link
@@ -125,7 +129,7 @@ def lstm_layernorm(x, state, params, link, C: tl.constexpr):
 
 @triton.jit
 def lstm_layernorm_grad(d, saved, stats, previous, params, link, C: tl.constexpr):
-    """Gradient of `lstm_layernorm`; a fifth gradient, that of LN(c), is for the gain and bias of c."""
+    """Gradient of `lstm_layernorm`; a fifth one, of LN(c), is for the gain and bias of c."""
     dh, dc = d
     place, buffers, sync, step = link[0], link[8], link[9], link[10]
     i, f, g, o, n0, n1, n2, n3 = saved

@@ -50,7 +50,7 @@ def forward_kernel(
     if extra is not None:
         N: tl.constexpr = C.PARAMETERS
         params = load_blocks(extra + direction * (N * C.H), unit, unit < C.H, N, C)
-    dropped, scale, zoned, zoneout = masks
+    dropped, scale = masks[0], masks[1]
     here = direction * B + top + row
     if scale is not None:
         keep = (tl.where(kept(seed, 0, here, unit, 0, dropped)[0], scale, 0.0),)
@@ -132,7 +132,8 @@ def forward(
     Args:
         plan: the launch.
         x_gates: input part of the gates [T, B, D, G*H], T and B at least 1.
-        w_hh: [D, G*H, H], of x_gates's dtype. b_hh: [D, G*H] or None.
+        w_hh: [D, G*H, H], of x_gates's dtype.
+        b_hh: [D, G*H] or None.
         params: extra parameters one after another [D, n*H], or None.
         state: initial states [D, B, H].
         lengths: int64 [B] or None.

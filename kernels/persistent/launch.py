@@ -1,11 +1,10 @@
-"""What both launchers share: workspaces, masks, and how the groups of a plan are put on the device."""
+"""What both launchers share: workspaces, masks, and how the groups of a plan are launched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Masks:
 
     @property
     def arguments(self) -> tuple[int, float | None, int, float]:
-        """Threshold and scale of the dropout (scale None: no dropout), threshold and rate of zoneout."""
+        """Threshold and scale of the dropout (None: none), threshold and rate of zoneout."""
         drop = self.recurrent_dropout if self.training else 0.0
         return (
             round(drop * 2**32),
@@ -54,7 +53,7 @@ def interpreted(kernel: object) -> bool:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Buffers of one call: exchanged vectors, exchanged statistics, barrier counters, error flag."""
+    """Buffers of one call: exchanged vectors and statistics, barrier counters, error flag."""
 
     vectors: Tensor
     statistics: Tensor
@@ -87,7 +86,7 @@ def workspace(plan: LaunchPlan, products: int, exchanges: int, like: Tensor) -> 
 
 
 def dispatch(kernel: Kernel, grid: tuple[int, int], plan: LaunchPlan, **arguments: object) -> None:
-    """Launch once. A grid whose programs meet is cooperative: too large a one is an error, not a hang."""
+    """Launch once; where programs meet cooperatively, so that too many are an error, not a hang."""
     kernel[grid](
         **arguments,
         num_warps=plan.warps,
@@ -107,9 +106,10 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Run `steps` steps of all groups and return the states after them.
 
-    The interpreter runs one program after another, so there a barrier could never be passed. It launches
-    single steps instead, without barriers and each one more often than it has exchanges: every launch
-    of a step starts from the same state, and finds one exchange more filled in than the one before.
+    The interpreter runs one program after another, so there a barrier could never be passed. It
+    launches single steps instead, without barriers and each one more often than it has exchanges:
+    every launch of a step starts from the same state, and finds one exchange more filled in than
+    the one before.
     """
     final = tuple(torch.empty_like(s, dtype=final_dtype) for s in state)
     serial = INTERPRET_SERIALLY and plan.slices > 1 and interpreted(kernel)

@@ -1,8 +1,9 @@
 """From shape and device to a launch: the only tuning table of the recurrent kernels.
 
-Counts of one time step of an LSTM in 16 bits, one direction, slices of U = 16 units (P = H / 16 programs a
-group). Forward and backward multiply alike, 2 G H^2 B operations; each program reads h of its rows, H R values
-(backward: the gradients of all gates, G H R), and multiplies by its 2 G U H bytes of weights.
+Counts of one time step of an LSTM in 16 bits, one direction, slices of U = 16 units (P = H / 16
+programs a group). Forward and backward multiply alike, 2 G H^2 B operations; each program reads h
+of its rows, H R values (backward: the gradients of all gates, G H R), and multiplies by its 2 G U H
+bytes of weights.
 
     H     B   | MFLOP | L2 reads MB        | barriers | weights read from shared memory
               |       | forward   backward |          | per program
@@ -13,23 +14,26 @@ group). Forward and backward multiply alike, 2 G H^2 B operations; each program 
     1024  16  |   134 |   2.1        8.4   |    1     | 128 KB
     1024  64  |   537 |   8.4       34     |    1     | 128 KB
 
-At 5.5 MB/µs of L2, 0.22 MB/µs of shared memory per multiprocessor and 1 µs per barrier: forward is bound by the
-barrier up to H = 512 and, with B = 64 at H = 1024, by L2; backward is bound by L2 from H = 512 with B = 64 and
-H = 1024 with B = 16 on. Arithmetic never bounds: 537 MFLOP are 0.6 µs on 128 multiprocessors. The
-reset-before GRU meets twice a step, the layer-norm LSTM three times. All constants are other people's measurements
-(H100), none is ours: compare them with `python -m benchmarks gpu_speed` before trusting a modelled time.
+At 5.5 MB/µs of L2, 0.22 MB/µs of shared memory per multiprocessor and 1 µs per barrier: forward is
+bound by the barrier up to H = 512 and, with B = 64 at H = 1024, by L2; backward is bound by L2 from
+H = 512 with B = 64 and H = 1024 with B = 16 on. Arithmetic never bounds: 537 MFLOP are 0.6 µs on
+128 multiprocessors. The reset-before GRU meets twice a step, the layer-norm LSTM three times. All
+constants are other people's measurements (H100), none is ours: compare them with `python -m
+benchmarks gpu_speed` before trusting a modelled time.
 
 How backward could be split otherwise, and why it is not:
 
-- Each program multiplies its own gate gradients by its rows of R and the partial dh [H, R] are summed over the group
-  (a reduce-scatter): it reads H R float32 values per program instead of G H R 16-bit ones, half for the LSTM, but
-  writes as many as it reads, where the gather writes next to nothing: the same traffic, a larger product tile
-  (M = H, which spills from H = 512 on) and P roundings to sum in a fixed order. For float32 it would halve the traffic.
-- Splitting the gates among programs as well as the units cuts the reads by G and adds an exchange of partial dh:
-  a second barrier of 1 µs saves less than that below H = 1024 with B = 64.
-- Gathering h and c and computing all gate gradients in every program reads less, but repeats H R gates of
-  arithmetic P times, several µs at H = 1024.
-- Larger slices: at H = 512, U = 32 halves the reads but not the barrier, and doubles the time to read the weights.
+- Each program multiplies its own gate gradients by its rows of R and the partial dh [H, R] are
+  summed over the group (a reduce-scatter): it reads H R float32 values per program instead of G H R
+  16-bit ones, half for the LSTM, but writes as many as it reads, where the gather writes next to
+  nothing: the same traffic, a larger product tile (M = H, which spills from H = 512 on) and P
+  roundings to sum in a fixed order. For float32 it would halve the traffic.
+- Splitting the gates among programs as well as the units cuts the reads by G and adds an exchange
+  of partial dh: a second barrier of 1 µs saves less than that below H = 1024 with B = 64.
+- Gathering h and c and computing all gate gradients in every program reads less, but repeats H R
+  gates of arithmetic P times, several µs at H = 1024.
+- Larger slices: at H = 512, U = 32 halves the reads but not the barrier, and doubles the time to
+  read the weights.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ import triton.language as tl
 
 from ..spec import CELLS, LAYER_NORM_EPS
 
-HOP = 1.0  # µs of one release-acquire hop between programs, with the barriers of the program around it
+HOP = 1.0  # µs of one release-acquire hop between programs, with its two program barriers
 L2 = 5.5e6  # bytes per µs all multiprocessors together read from L2
 L2_PORT = 1.1e5  # bytes per µs one multiprocessor reads from L2
 L2_LATENCY = 0.3  # µs until the first byte
@@ -85,7 +89,8 @@ class Config:
         K: inner size of a weight tile. CHUNKS: tiles along H. RESIDENT: whether they stay on chip.
         EXCHANGES: barriers a step. PRODUCTS: recurrent products of a step.
         SAVED: blocks the forward saves. STATISTICS: numbers it saves per row.
-        SEPARATE: blocks of the input part's gradient where it differs from the recurrent part's, else 0.
+        SEPARATE: blocks of the input part's gradient where it differs from the recurrent part's,
+            else 0.
         PARAMETERS: blocks of extra parameters.
         ZONEOUT: 0 none, 1 the expectation, 2 drawn.
         PRECISION: of float32 products. UPCAST: whether operands are made float32 first.
@@ -263,14 +268,14 @@ def _power(n: int) -> int:
 
 
 def product_precision(like: torch.Tensor) -> str:
-    """How products of this tensor's dtype are computed: torch's setting for float32 on CUDA decides."""
+    """How products of this dtype are computed: for float32, torch's setting for CUDA decides."""
     if like.dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The properties of a tensor's device; a tensor elsewhere than on a GPU belongs to the interpreter."""
+    """The properties of a tensor's device; not on a GPU, it belongs to the interpreter."""
     return _cuda(tensor.device) if tensor.is_cuda else INTERPRETER
 
 
@@ -314,9 +319,10 @@ def _candidates(
 ) -> Iterator[_Shape]:
     """Shapes that compile without spilling; benchmarks/compile_facts.py is the proof.
 
-    Tensor cores of sm_90 multiply tiles of 64 rows by `wgmma`, whose operand descriptors, two registers
-    for every 32 bytes of K, are hoisted out of the time loop: this bounds K. Fewer rows take `mma.sync`.
-    Exact float32 products have no tensor core; their operands pass through registers, so K is short.
+    Tensor cores of sm_90 multiply tiles of 64 rows by `wgmma`, whose operand descriptors, two
+    registers for every 32 bytes of K, are hoisted out of the time loop: this bounds K. Fewer rows
+    take `mma.sync`. Exact float32 products have no tensor core; their operands pass through
+    registers, so K is short.
     """
     padded, gates = max(16, _power(size)), CELLS[cell].gates
     tall = max(_rows_padded(count) for _, count in BLOCKS[cell].products)

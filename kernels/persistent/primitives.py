@@ -1,8 +1,8 @@
-"""What every recurrent kernel is made of: activations, tiles, the group barrier, the exchanged product.
+"""What every recurrent kernel is made of: activations, tiles, the group barrier, the product.
 
-A group is one direction of one tile of batch rows. Its hidden units are split into P slices, one program
-each. Tiles are [U, R]: U units of this slice by R batch rows, float32. `C` is the compile-time `Config`
-of plan.py; `link` carries what the products and exchanges of one step need.
+A group is one direction of one tile of batch rows. Its hidden units are split into P slices, one
+program each. Tiles are [U, R]: U units of this slice by R batch rows, float32. `C` is the
+compile-time `Config` of plan.py; `link` carries what the products and exchanges of one step need.
 """
 
 import triton
@@ -40,7 +40,7 @@ def store_blocks(ptr, offsets, tiles, mask, C: tl.constexpr):
 
 @triton.jit
 def split_gates(tile, COUNT: tl.constexpr, C: tl.constexpr):
-    """[GP * U, R], where row u * GP + g is gate g of unit u, into COUNT tiles [U, R]; GP is 1, 2 or 4."""
+    """[GP * U, R], row u * GP + g being gate g of unit u, to COUNT tiles [U, R]."""
     if COUNT == 1:
         return (tile,)
     elif COUNT == 2:
@@ -60,7 +60,7 @@ def split_gates(tile, COUNT: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, C: tl.constexpr):
-    """acc + a @ b; the interpreter cannot multiply bfloat16, so it upcasts first."""
+    """Return acc + a @ b; the interpreter cannot multiply bfloat16, so it upcasts first."""
     if C.UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -72,9 +72,10 @@ def group_barrier(sync, index, C: tl.constexpr):
     """Programs of a group wait for each other; `index` counts the barriers of this launch from 0.
 
     The counter only rises, so that no reset can race: everybody has arrived when it reaches
-    P * (index + 1). A release atomic orders only its own thread's stores before Triton 3.8, hence the
-    barriers of the program around it. The variants exist to be compared on a card; "none" is for
-    launches of single steps, one program after another, and "bounded" reports a hang to `failed`.
+    P * (index + 1). A release atomic orders only its own thread's stores before Triton 3.8, hence
+    the barriers of the program around it. The variants exist to be compared on a card; "none" is
+    for launches of single steps, one program after another, and "bounded" reports a hang to
+    `failed`.
     """
     counter, failed = sync
     target = C.P * (index + 1)
@@ -125,7 +126,7 @@ def forward_weights(w, slice_, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.c
 
 @triton.jit
 def forward_weight(w, slice_, chunk, FIRST: tl.constexpr, COUNT: tl.constexpr, C: tl.constexpr):
-    """One tile [GP * U, K]; row u * GP + g is gate FIRST + g of unit u, zero where there is none."""
+    """One tile [GP * U, K]; row u * GP + g is gate FIRST + g of unit u, or zero."""
     GP: tl.constexpr = 4 if COUNT > 2 else COUNT
     row = tl.arange(0, GP * C.U)
     k = tl.arange(0, C.K) + chunk * C.K
@@ -143,6 +144,9 @@ def recur(link, h, PHASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
         link: the step's weights, bias, dropout mask, exchange buffers and barrier.
         h: this slice of the vector to multiply, [U, R].
         PHASE: which of the step's products this is; it is also the index of its barrier.
+        FIRST: first gate.
+        COUNT: number of gates.
+        C: the configuration.
     """
     place, weights, w, bias, keep, buffers, sync, step = link
     slice_, group, groups = place
@@ -182,7 +186,7 @@ def recur(link, h, PHASE: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 
 @triton.jit
 def _peers(base, k, C: tl.constexpr):
-    """What the other programs of the group have written, past the L1 cache, which is not coherent."""
+    """What the group's programs have written, past the L1 cache, which is not coherent."""
     if C.CHUNKS * C.K == C.P * C.U:
         return tl.load(base + k, cache_modifier=".cg")
     else:
@@ -212,12 +216,12 @@ def backward_weight(w, slice_, gate, chunk, C: tl.constexpr):
 
 @triton.jit
 def recur_grad(link, grads, EXCHANGE: tl.constexpr, FIRST: tl.constexpr, C: tl.constexpr):
-    """Stores the gradients of `recur`'s output, gates FIRST .., and returns that of its argument [U, R].
+    """Store the gradients of `recur`'s output, gates FIRST .., and return that of its argument.
 
     The gradients go to a buffer indexed by time, where the weight gradient needs them anyway; the
     programs of the group read each other's from there.
     """
-    place, weights, w, keep, base, offsets, mask, rows, buffers, sync, step = link
+    place, weights, w, keep, base, offsets, mask, rows, _, sync, step = link
     slice_ = place[0]
     COUNT: tl.constexpr = len(grads)
     acc = tl.zeros([C.U, C.R], tl.float32)
@@ -254,7 +258,7 @@ def _grads(base, rows, chunk, C: tl.constexpr):
 
 @triton.jit
 def share(place, buffers, sync, step, pair, EXCHANGE: tl.constexpr, C: tl.constexpr):
-    """Gives every program of the group the pairs of vectors [R] of all its programs: two [PP, R]."""
+    """Give every program of a group the pairs of vectors [R] of all of them: two [PP, R]."""
     slice_, group, groups = place
     p, r = tl.arange(0, C.PP)[:, None], tl.arange(0, C.R)
     slot = (EXCHANGE * 2 + step % 2) * groups + group
@@ -272,8 +276,8 @@ def share(place, buffers, sync, step, pair, EXCHANGE: tl.constexpr, C: tl.conste
 def moments(place, buffers, sync, step, tiles, EXCHANGE: tl.constexpr, C: tl.constexpr):
     """Mean and reciprocal standard deviation [1, R] over all units and all `tiles`.
 
-    Each program's mean and sum of squared deviations are combined as in Chan et al. 1979: a plain sum of
-    squares would cancel.
+    Each program's mean and sum of squared deviations are combined as in Chan et al. 1979: a plain
+    sum of squares would cancel.
     """
     COUNT: tl.constexpr = len(tiles)
     valid = (place[0] * C.U + tl.arange(0, C.U))[:, None] < C.H
@@ -322,6 +326,6 @@ def normalised_grad(
 
 @triton.jit
 def kept(seed, counter, row, unit, stream, threshold):
-    """Philox masks of kernels/philox.py: two tiles, True where the 32 random bits reach `threshold`."""
+    """Philox masks of kernels/philox.py: two tiles, True where the bits reach `threshold`."""
     first, second, _, _ = tl.philox(seed, counter, row, unit, stream)
     return first.to(tl.int64) >= threshold, second.to(tl.int64) >= threshold

@@ -1,6 +1,7 @@
-"""What surrounds the backward loop, in plain torch: rebuilt activations and the gradients of parameters.
+"""What surrounds the backward loop, in torch: rebuilt activations, gradients of parameters.
 
-Everything here is a matrix product or a reduction over time and batch: deterministic, no float atomics.
+Everything here is a matrix product or a reduction over time and batch: deterministic, no float
+atomics.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def parameter_gradients(cell: str, inputs: Tensor, before: list[Tensor], saved: 
 
     Args:
         cell: lstm_peephole or lstm_layernorm.
-        inputs: gradient of the input part of the gates, for the layer norm followed by that of LN(c).
+        inputs: gradient of the input part of the gates, for the layer norm followed by that of
+            LN(c).
         before: states before each step, [T, B, D, H].
         saved: what the forward loop saved.
     """

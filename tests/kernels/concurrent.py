@@ -1,7 +1,7 @@
-"""The interpreter with its programs at the same time: one forked process each, tensors in shared memory.
+"""The interpreter with its programs at the same time: a process each, tensors in shared memory.
 
-What it shows is the protocol of the group barrier: epochs, deadlocks, slices read before they are written.
-A processor orders its memory accesses more strictly than a GPU, so fences it cannot show.
+What it shows is the protocol of the group barrier: epochs, deadlocks, slices read before they are
+written. A processor orders its memory accesses more strictly than a GPU, so fences it cannot show.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ SECONDS = 120
 
 
 def share(value: object, shared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> object:
-    """The same arguments with tensors whose storage other processes see; `shared` remembers both."""
+    """The same arguments with tensors that other processes see; `shared` remembers both."""
     if isinstance(value, tuple):
         return tuple(share(v, shared) for v in value)
     if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The kernels on a card: `pytest -m gpu`. What the interpreter cannot show: races, fences, graphs, streams."""
+"""The kernels on a card: what the interpreter cannot show, races, fences, graphs, streams."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU: a representative part of compile_facts.csv."""
+"""What the compiler makes of the kernels, without a GPU: a part of compile_facts.csv."""
 
 import csv
 import os

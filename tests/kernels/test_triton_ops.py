@@ -36,11 +36,13 @@ def forward_arguments(cell, save="all"):
     packed = torch.cat([layer.params[n] for n in names], -1) if names else None
     lengths = torch.tensor([2, 1, 2])
     tensors = (gates, layer.w_hh, layer.b_hh, packed, layer.state, lengths)
-    return tuple(
-        [t.detach() for t in value] if isinstance(value, list) else
-        None if value is None else value.detach()
-        for value in tensors
-    ) + (cell, *MASKS, save)  # fmt: skip
+
+    def detach(value):
+        if isinstance(value, list):
+            return [tensor.detach() for tensor in value]
+        return None if value is None else value.detach()
+
+    return (*map(detach, tensors), cell, *MASKS, save)
 
 
 @pytest.mark.parametrize("save", ["all", "state", "nothing"])

@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def force(monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[planning.LaunchPlan]:
-    """Plans of 16 units a program, or of all of them if `units` is 0; the list fills with those used."""
+    """Plans of 16 units a program, or of all if `units` is 0; the list fills with those used."""
     used = []
 
     def choose(cell: str, hidden: int, *rest: object) -> planning.LaunchPlan:
@@ -65,9 +65,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def assert_accurate(run: Callable, layer: Layer, **options: object) -> None:
     """Every result and gradient errs at most twice as much as plain steps in the same dtype do.
 
-    Both errors are against float64 on the same (rounded) inputs and relative to the tensor's magnitude.
-    That of the plain steps is the worst of all tensors: a tensor of few elements may happen to be exact.
-    Two tanh a step, as 2 sigmoid(2x) - 1, each add a unit of float32 to the absolute error.
+    Both errors are against float64 on the same (rounded) inputs and relative to the tensor's
+    magnitude. That of the plain steps is the worst of all tensors: a tensor of few elements may
+    happen to be exact. Two tanh a step, as 2 sigmoid(2x) - 1, each add a unit of float32 to the
+    absolute error.
     """
     dtype = layer.x.dtype
     oracle = {k: v for k, v in options.items() if k != "recompute"}
