@@ -57,11 +57,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("lengths: expected at least one sequence, got none")
-        if batch_size is None and max_tokens is None:
-            raise ValueError("batch_size, max_tokens: expected at least one of them")
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        check_limits(batch_size, max_tokens)
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
@@ -119,6 +115,26 @@ class BucketBatchSampler(Sampler[list[int]]):
         for step in torch.randperm(len(steps), generator=generator).tolist():
             start, end = steps[step][rank]
             yield order[start:end]
+
+
+def check_limits(batch_size: int | None, max_tokens: int | None, num_workers: int = 0) -> None:
+    """Checks how batches are to be made; data modules do so before a run starts.
+
+    Args:
+        batch_size: most sequences in a batch, at least 1; None: no limit.
+        max_tokens: most tokens in a batch, at least 1; None: no limit.
+        num_workers: processes that collate batches, at least 0.
+
+    Raises:
+        ValueError: one is out of its range, or there is no limit.
+    """
+    if batch_size is None and max_tokens is None:
+        raise ValueError("batch_size, max_tokens: expected at least one of them")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
 
 
 def _cuts(

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.batching import BucketBatchSampler, check_limits, lengths, pad
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
@@ -270,8 +270,7 @@ class PairData(L.LightningDataModule):
             raise ValueError("train, dataset: expected one of them")
         if min_count < 1:
             raise ValueError(f"min_count: expected at least 1, got {min_count}")
-        if batch_size is None and max_tokens is None:
-            raise ValueError("batch_size, max_tokens: expected at least one of them")
+        check_limits(batch_size, max_tokens, num_workers)
         if dataset == "cmudict" and any(part is not None for part in (train, val, test)):
             raise ValueError("dataset: cmudict has its own splits; leave out train, val and test")
         self.symbols = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fusedrnn.crf import PREFIXES
-from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.batching import BucketBatchSampler, check_limits, lengths, pad
 from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
 from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
@@ -355,8 +355,7 @@ class TaggingData(L.LightningDataModule):
         for name, value in (("min_count", min_count), ("max_characters", max_characters)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if batch_size is None and max_tokens is None:
-            raise ValueError("batch_size, max_tokens: expected at least one of them")
+        check_limits(batch_size, max_tokens, num_workers)
         self.dataset, self.config = dataset, config
         self.token_column, self.tag_column, self.delimiter = token_column, tag_column, delimiter
         self.scheme = scheme

@@ -252,6 +252,8 @@ def parallel(tmp_path, sources, targets):
         (lambda d: PairData(), "train, dataset: expected one of them"),
         (lambda d: PairData(dataset="cmudict", val="x"), "cmudict has its own splits"),
         (lambda d: PairData(train="x", batch_size=None), "batch_size, max_tokens: expected"),
+        (lambda d: PairData(train="x", max_tokens=-1), "max_tokens: expected a positive number"),
+        (lambda d: PairData(train="x", num_workers=-1), "num_workers: expected 0 or more, got -1"),
         (lambda d: PairData(train="x", min_count=0), "min_count: expected at least 1, got 0"),
         (lambda d: PairData(train="x", source_symbols="bytes"), "expected characters, words or"),
         (
@@ -292,6 +294,8 @@ def parallel(tmp_path, sources, targets):
         "nothing",
         "cmudict-val",
         "no-batch-size",
+        "max-tokens",
+        "num-workers",
         "min-count",
         "symbols",
         "separator",

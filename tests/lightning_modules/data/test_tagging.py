@@ -247,6 +247,8 @@ def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
         ({"min_count": 0}, "min_count: expected at least 1, got 0"),
         ({"max_characters": 0}, "max_characters: expected at least 1"),
         ({"batch_size": None}, "batch_size, max_tokens: expected at least one"),
+        ({"batch_size": 0}, "batch_size: expected a positive number, got 0"),
+        ({"num_workers": -1}, "num_workers: expected 0 or more, got -1"),
     ],
 )
 def test_bad_arguments(options: dict, expected: str) -> None:
