@@ -66,7 +66,7 @@ def padded_stack(
     Returns:
         Output in the layout of x, and the final states shaped as the initial ones.
     """
-    if lengths is not None:
+    if lengths is not None and len(lengths):  # an empty batch cannot be packed
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
         packed, final = packed_stack(
             cell,

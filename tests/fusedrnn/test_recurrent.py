@@ -346,6 +346,7 @@ def test_empty_batch_and_empty_sequence_as_torch(kind, options):
     y, state = layer(torch.randn(T, 0, I))
     assert y.shape == (T, 0, 2 * (options.get("proj_size") or H))
     assert flat([state])[0].shape[1] == 0
+    assert layer(torch.randn(T, 0, I), lengths=LENGTHS[:0])[0].shape == y.shape
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
         layer(torch.randn(0, B, I))
 
