@@ -105,13 +105,15 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            _fail(error)
+            _fail(_inner(error))
 
     def after_instantiate_classes(self) -> None:
-        """Compares model and checkpoint before the data is prepared."""
+        """Compares model and checkpoint, and reads the data, before the run has a folder."""
         if self.checkpoint is not None:
             self.model.check(self.checkpoint, self.config[self.config.subcommand].ckpt_path)
             self.checkpoint = None
+        if hasattr(type(self.datamodule), "codec"):  # one that needs no process group
+            self.datamodule.setup(self.config.subcommand)
 
 
 def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
@@ -176,10 +178,13 @@ def predict(args: Sequence[str]) -> None:
     del options["ckpt_path"], options["task"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    task.to(device)
     try:
-        with _reading(source) as lines, _writing(target) as file:
-            for result in task.predict_lines((line.rstrip("\r\n") for line in lines), **options):
+        task.to(device)
+    except (RuntimeError, AssertionError) as error:
+        _fail(ValueError(f"--device: cannot use {device!r}: {error}"))
+    try:
+        with _reading(source) as text, _writing(target) as file:
+            for result in task.predict_lines(_lines(text, source), **options):
                 print(result, file=file, flush=target == "-")
     except (OSError, ValueError) as error:
         _fail(error)
@@ -269,6 +274,17 @@ def _reading(source: str) -> Iterator[TextIO]:
             yield file
 
 
+def _lines(text: TextIO, source: str) -> Iterator[str]:
+    number = 0
+    try:
+        for line in text:
+            yield line.rstrip("\r\n")
+            number += 1
+    except UnicodeDecodeError as error:
+        name = "stdin" if source == "-" else source
+        raise ValueError(f"{name}: after line {number}: not UTF-8 text: {error}") from error
+
+
 @contextmanager
 def _writing(target: str) -> Iterator[TextIO]:
     """Yields stdout, or a file that appears under its name only when it is complete."""
@@ -276,6 +292,8 @@ def _writing(target: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     path = Path(target)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output: no folder {path.parent}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
@@ -301,6 +319,13 @@ def _raised_by_data(error: Exception) -> bool:
     """Returns whether a data module was at work, so that the input is to blame."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(isinstance(f.f_locals.get("self"), L.LightningDataModule) for f in frames)
+
+
+def _inner(error: Exception) -> Exception:
+    """Returns what a constructor raised, without what jsonargparse says about types around it."""
+    inner = error.__cause__ or error.__context__
+    wrapped = str(error).startswith("Does not validate") and isinstance(inner, Exception)
+    return inner if wrapped else error
 
 
 def _fail(error: Exception) -> NoReturn:

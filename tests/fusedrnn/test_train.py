@@ -1,4 +1,5 @@
 import csv
+import functools
 import io
 import os
 import subprocess
@@ -289,8 +290,9 @@ def test_bad_commands(here, capsys, args, message):
     ("more", "message"),
     [
         (["--input", "absent.txt"], "absent.txt"),
-        (["--input", "latin.txt"], "can't decode"),
-        (["--input", "text.txt", "--output", "no/such/folder.txt"], "no/such"),
+        (["--input", "latin.txt"], "latin.txt: after line 0: not UTF-8 text"),
+        (["--input", "text.txt", "--output", "no/such/folder.txt"], "--output: no folder no/such"),
+        (["--input", "text.txt", "--device", "toaster"], "--device: cannot use 'toaster'"),
         (["--loud", "true"], "unrecognized arguments: --loud"),
         (["--upper", "perhaps"], "perhaps"),
     ],
@@ -314,6 +316,26 @@ def test_data_that_cannot_be_read_is_one_line(here, capsys, monkeypatch, bad):
     monkeypatch.setattr(ToyData, "sentences", unreadable)
     said = fails(capsys, "fit", "--config", "toy.yaml")
     assert said.splitlines()[-1] == f"error: {bad}.conllu:3: expected 10 columns, got 2"
+
+
+def test_data_that_a_stage_needs_is_read_before_the_run_has_a_folder(here, capsys, monkeypatch):
+    def setup(self, stage):
+        raise ValueError(f"val: no such split was given, {stage} needs it")
+
+    monkeypatch.setattr(ToyData, "setup", setup)
+    said = fails(capsys, "fit", "--config", "toy.yaml")
+    assert said.splitlines()[-1] == "error: val: no such split was given, fit needs it"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("kind", [ToyTask, ToyData], ids=["model", "data"])
+def test_what_a_constructor_refuses_is_one_short_line(here, capsys, monkeypatch, kind):
+    def refuse(self, *args, **kwargs):
+        raise ValueError("sizes: expected positive numbers, got [0]")
+
+    monkeypatch.setattr(kind, "__init__", functools.wraps(kind.__init__)(refuse))
+    said = fails(capsys, "fit", "--config", "toy.yaml")
+    assert said.splitlines()[-1] == "error: sizes: expected positive numbers, got [0]"
 
 
 def test_other_errors_keep_their_traceback(here, monkeypatch):
