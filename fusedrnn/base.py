@@ -310,12 +310,16 @@ class RecurrentBase(nn.RNNBase):
             tuple(torch.cat(s) for s in zip(*finals, strict=True)),
         )
 
-    def _step(self, x_t: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, State]:
+    def check_streaming(self) -> None:
+        """Raise a RuntimeError if the layer cannot run step by step."""
         if self.bidirectional:
             raise RuntimeError(
                 "a bidirectional layer cannot stream, because its second direction starts at the "
                 "last step: call it on the whole sequence, or use bidirectional=False"
             )
+
+    def _step(self, x_t: Tensor, state: Sequence[Tensor] | None) -> tuple[Tensor, State]:
+        self.check_streaming()
         if x_t.dim() not in (1, 2):
             raise ValueError(
                 f"x_t must have shape [B, {self.input_size}] or [{self.input_size}], "

@@ -503,6 +503,47 @@ def _input_part(cell: str, x: Tensor, w: Mapping[str, Any]) -> tuple[Tensor, Ten
 
 
 @untraced
+class Stepper:
+    """One direction without gradients, a step at a call, as outside training.
+
+    Args:
+        cell: name in `kernels.CELLS`.
+        w: `weight_ih` [G*H, I], `weight_hh` [G*H, P], `bias_ih`, `bias_hh` [G*H] or None,
+            `weight_hr` [P, H] or None, and the cell's parameters by name.
+        zoneout: the part of a new state that the old one keeps.
+    """
+
+    def __init__(self, cell: str, w: Mapping[str, Any], zoneout: float = 0.0) -> None:
+        spec = CELLS[cell]
+        short = {"weight_ih": "w_ih", "weight_hh": "w_hh", "weight_hr": "w_hr"}
+        short |= {"bias_ih": "b_ih", "bias_hh": "b_hh"}
+        self.cell = cell
+        self.w = {short.get(name, name): value for name, value in w.items()}
+        self.update = 1 - zoneout
+        self.native = None
+        if spec.torch_name is not None and not zoneout and self.w["w_hr"] is None:
+            self.native = getattr(torch, f"{spec.torch_name}_cell")
+        self.params = [self.w[name] for name in spec.parameters]
+
+    def __call__(self, x: Tensor, state: Sequence[Tensor]) -> State:
+        """From x_t [B, I] and the old state, h [B, P] and perhaps c [B, H], to the new one."""
+        w = self.w
+        if self.native is not None:
+            old = state[0] if len(state) == 1 else state
+            new = self.native(x, old, w["w_ih"], w["w_hh"], w["b_ih"], w["b_hh"])
+            return new if isinstance(new, tuple) else (new,)
+        z, b_hn = _input_part(self.cell, x, w)
+        cell, hidden = STEPS[self.cell], z.shape[1] // CELLS[self.cell].gates
+        fresh = tuple(z.new_empty(len(z), hidden) for _ in state)
+        apart = z.new_empty(len(z), cell.apart * hidden)
+        cell.step(z, state[0], tuple(state), fresh, apart, Weights(w["w_hh"], b_hn, self.params))
+        if w["w_hr"] is not None:
+            fresh = (fresh[0] @ w["w_hr"].t(), *fresh[1:])
+        if self.update == 1:
+            return fresh
+        return tuple(torch.lerp(o, f, self.update) for o, f in zip(state, fresh, strict=True))
+
+
 def recurrence(
     cell: str,
     x: Tensor,

@@ -26,6 +26,16 @@ LAYERS = {
     "stack_lstm": partial(
         fusedrnn.RecurrentStack, I, [5, 4], residual=True, layer_norm=True, dropout=0.5
     ),
+    "stack_highway": partial(
+        fusedrnn.RecurrentStack,
+        I,
+        [4, 3],
+        ["lstm_peephole", "gru"],
+        highway=True,
+        learned_states=True,
+        variational_dropout=True,
+        dropout=0.5,
+    ),
     "stack_gru": partial(fusedrnn.RecurrentStack, I, [4, 4], cell="gru_reset_before"),
 }
 
@@ -90,6 +100,7 @@ CONFIGURATIONS = [
     ("no_bias", True, False, "lengths"),
     ("stack_lstm", True, True, "lengths+initial_state"),
     ("stack_gru", False, False, "lengths"),
+    ("stack_highway", True, True, "lengths"),
 ]
 
 

@@ -21,6 +21,17 @@ MODULES = {
         3, (4, 2), "gru", residual=True, layer_norm=True, dropout=0.5, zoneout=0.2
     ),
     "stack_bfloat16": lambda: fusedrnn.RecurrentStack(3, [4, 2], peephole=True).bfloat16(),
+    "stack_each": lambda: fusedrnn.RecurrentStack(
+        3,
+        [4, 2],
+        ["lstm", "gru"],
+        bidirectional=(True, False),
+        zoneout=[0.1, 0.2],
+        highway=True,
+        learned_states=True,
+        variational_dropout=True,
+        dtype=torch.float64,
+    ),
     "crf": lambda: fusedrnn.CRF(3, ["O", "B-X", "I-X"], "BIO"),
 }
 

@@ -102,3 +102,114 @@ def test_bidirectional_stack_refuses_to_stream():
     stack = fusedrnn.RecurrentStack(I, [4, 4], bidirectional=True)
     with pytest.raises(RuntimeError, match="bidirectional layer cannot stream"):
         stack.step(torch.randn(B, I))
+
+
+def test_each_layer_has_its_own_cell_direction_and_masks():
+    stack = fusedrnn.RecurrentStack(
+        I,
+        [4, 3, 2],
+        ["lstm_peephole", "gru", "rnn_relu"],
+        bidirectional=[True, False, True],
+        recurrent_dropout=[0.1, 0.2, 0.3],
+        zoneout=[0.0, 0.1, 0.0],
+        dtype=torch.float64,
+    )
+    assert [layer.cell for layer in stack.layers] == ["lstm_peephole", "gru", "rnn_relu"]
+    assert [layer.input_size for layer in stack.layers] == [I, 8, 3]
+    assert [layer.recurrent_dropout for layer in stack.layers] == [0.1, 0.2, 0.3]
+    assert [layer.zoneout for layer in stack.layers] == [0.0, 0.1, 0.0]
+    assert (stack.output_size, stack.num_directions) == (4, 2)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    y, states = stack.eval()(x, lengths=LENGTHS)
+    expected = x
+    for layer, state in zip(stack.layers, states, strict=True):
+        expected, final = layer(expected, lengths=LENGTHS)
+        assert type(final) is type(state)
+    assert torch.equal(y, expected)
+
+
+def test_projected_layers_fit_on_each_other():
+    stack = fusedrnn.RecurrentStack(I, [4, 5], bidirectional=True, proj_size=2)
+    assert stack(torch.randn(T, B, I))[0].shape == (T, B, stack.output_size) == (T, B, 4)
+
+
+def test_highway():
+    stack = fusedrnn.RecurrentStack(I, [4, 4, 3], "gru", highway=True)
+    x = torch.randn(T, B, I)
+    expected = [stack.layers[0](x)[0]]
+    for layer, gate, shortcut in zip(stack.layers[1:], stack.gates, stack.shortcuts, strict=True):
+        assert (gate.bias == -1).all()
+        below = expected[-1]
+        g = torch.sigmoid(gate(below))
+        expected.append(g * layer(below)[0] + (1 - g) * shortcut(below))
+    y, _, layers = stack(x, return_layers=True)
+    assert layers[-1] is y
+    for actual, wanted in zip(layers, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    padded, _ = stack(x, lengths=LENGTHS)
+    assert not padded[torch.arange(T)[:, None] >= LENGTHS].any()
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
+def test_variational_dropout_draws_one_mask_for_a_sequence(batch_first):
+    stack = fusedrnn.RecurrentStack(
+        I, [40, 3], dropout=0.5, variational_dropout=True, batch_first=batch_first
+    )
+    x = torch.randn(*((B, T) if batch_first else (T, B)), I)
+    time = 1 if batch_first else 0
+    first = stack(x, return_layers=True)[2][0]
+    whole = stack.layers[0](x)[0]
+    kept = (first / whole).detach()
+    assert torch.allclose(kept, kept.narrow(time, 0, 1).expand_as(kept))
+    assert set(kept.round().unique().tolist()) == {0.0, 2.0}
+    assert not torch.equal(kept.select(1 - time, 0), kept.select(1 - time, 1))
+    assert torch.equal(stack.eval()(x)[0], stack.layers[1](whole)[0])
+    row = stack.train()(x.select(1 - time, 0), return_layers=True)[2][0]
+    shares = row / stack.layers[0](x.select(1 - time, 0))[0]
+    assert torch.allclose(shares, shares[:1].expand_as(shares))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_learned_initial_states(cell):
+    stack = fusedrnn.RecurrentStack(
+        I, [4, 3], cell, bidirectional=[True, False], learned_states=True, dtype=torch.float64
+    )
+    plain = fusedrnn.RecurrentStack(I, [4, 3], cell, bidirectional=[True, False]).double()
+    plain.load_state_dict(stack.state_dict(), strict=False)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    assert torch.equal(stack(x)[0], plain(x)[0])
+    for state in stack.initial_states.parameters():
+        nn.init.normal_(state)
+    given = [[s.expand(-1, B, -1).contiguous() for s in layer] for layer in stack.initial_states]
+    given = [tuple(layer) if cell == "lstm" else layer[0] for layer in given]
+    for lengths in (None, LENGTHS):
+        torch.testing.assert_close(
+            stack(x, lengths=lengths)[0], plain(x, given, lengths=lengths)[0]
+        )
+    torch.testing.assert_close(stack(x, [None, given[1]])[0], plain(x, given)[0])
+    torch.testing.assert_close(stack(x[:, 0])[0], stack(x)[0][:, 0])
+    stack(x)[0].sum().backward()
+    assert all(state.grad.abs().sum() > 0 for state in stack.initial_states.parameters())
+
+
+def test_a_state_dict_of_a_plain_stack_still_loads():
+    names = list(fusedrnn.RecurrentStack(I, [4, 3], residual=True, layer_norm=True).state_dict())
+    lstm = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    above = ["norms.0.weight", "norms.0.bias", "shortcuts.0.weight"]
+    assert names == [*(f"layers.{i}.{name}" for i in (0, 1) for name in lstm), *above]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cell": ["lstm"]}, "cell must be one value or one per layer, 2, got 1"),
+        ({"cell": ["lstm", "qrnn"]}, "cell must be one of lstm, "),
+        ({"bidirectional": [True] * 3}, "bidirectional must be one value or one per layer, 2, got"),
+        ({"zoneout": [0.5]}, "zoneout must be one value or one per layer, 2, got 1"),
+        ({"zoneout": [0.5, 1.5]}, "zoneout must be "),
+        ({"residual": True, "highway": True}, "residual and highway exclude each other"),
+    ],
+)
+def test_bad_values_of_each_layer(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fusedrnn.RecurrentStack(I, [4, 3], **arguments)
