@@ -87,18 +87,21 @@ def recurrence_op(
     """The forward loop: y, h_n, c_n, then what `save` keeps; empty where absent."""
     steps, batch = x_gates.shape[:2]
     if steps == 0 or batch == 0:
-        empty = _outputs(x_gates, w_hh, state, cell, save)
-        return (empty[0], *(s.clone() for s in state), *empty[1 + len(state) :])
+        y, _, c_n, *kept = _outputs(x_gates, w_hh, state, cell, save)
+        c_n = state[1].clone() if len(state) == 2 else c_n
+        return y, state[0].clone(), c_n, kept[0], kept[1], kept[2]
     launch = plan(cell, w_hh.shape[-1], batch, len(w_hh), x_gates, False)
     masks = Options(cell, seed, recurrent_dropout, zoneout, training).masks
     y, final, saved = forward(
         launch, x_gates.contiguous(), w_hh.contiguous(), b_hh, params,
         [s.contiguous() for s in state], lengths, masks, save,
     )  # fmt: skip
-    none = x_gates.new_empty(0)
-    c_n = final[1] if len(final) == 2 else none
-    kept = (saved.blocks, saved.cell_state, saved.statistics)
-    return (y, final[0], c_n, *(none.clone() if k is None else k for k in kept))
+    c_n = final[1] if len(final) == 2 else x_gates.new_empty(0)
+    kept = [
+        x_gates.new_empty(0) if k is None else k
+        for k in (saved.blocks, saved.cell_state, saved.statistics)
+    ]
+    return y, final[0], c_n, kept[0], kept[1], kept[2]
 
 
 @recurrence_op.register_fake
@@ -156,13 +159,10 @@ def backward_op(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward loop: gradients of the gates' recurrent and input parts, of h_0 and c_0."""
-    empty = _gradients(dy, w_hh, state, cell)
+    recurrent, separate, _, dc = _gradients(dy, w_hh, state, cell)
     if dy.numel() == 0:
-        return (
-            *empty[:2],
-            *(d.to(torch.float32, copy=True) for d in d_state),
-            *empty[2 + len(state) :],
-        )
+        copies = [d.to(torch.float32, copy=True) for d in d_state]
+        return recurrent, separate, copies[0], copies[1] if len(copies) == 2 else dc
     launch = plan(cell, w_hh.shape[-1], dy.shape[1], len(w_hh), dy, True)
     blocks, cell_state, statistics = (s if s.numel() else None for s in saved)
     recurrent, inputs, d_initial = backward(
@@ -170,8 +170,8 @@ def backward_op(
         [s.contiguous() for s in state], y, Saved(blocks, cell_state, statistics), lengths,
         Options(cell, seed, recurrent_dropout, zoneout, training).masks,
     )  # fmt: skip
-    separate = inputs if BLOCKS[cell].separate else empty[1]
-    return recurrent, separate, *d_initial, *empty[2 + len(state) :]
+    separate = inputs if BLOCKS[cell].separate else separate
+    return recurrent, separate, d_initial[0], d_initial[1] if len(d_initial) == 2 else dc
 
 
 @backward_op.register_fake
@@ -280,8 +280,8 @@ class Recurrence(torch.autograd.Function):
         if params is not None:
             dp = torch.zeros_like(params)
             if not empty:
-                kept = Saved(saved[0], saved[1], saved[2])
-                dp = parameter_gradients(options.cell, inputs, before, kept).to(params.dtype)
+                dp = parameter_gradients(options.cell, inputs, before, saved[0], saved[2])
+                dp = dp.to(params.dtype)
         d_initial = [d.to(s.dtype) for d, s in zip(d_initial, state, strict=False)]
         return None, None, None, None, d_gates, dw, db, dp, *d_initial
 
@@ -291,7 +291,8 @@ def _mask(options: Options, h: Tensor) -> Tensor | None:
     drop = options.recurrent_dropout
     if not options.training or drop == 0:
         return None
-    kept = recurrent_mask(options.seed, drop, *h.shape, h.device)
+    directions, batch, size = h.shape
+    kept = recurrent_mask(options.seed, drop, directions, batch, size, h.device)
     return (kept.to(h.dtype) / (1 - drop)).transpose(0, 1)
 
 

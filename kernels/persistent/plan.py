@@ -286,7 +286,7 @@ def _cuda(device: torch.device) -> Device:
         found.name,
         (found.major, found.minor),
         found.multi_processor_count,
-        found.shared_memory_per_block_optin,
+        getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
     )
 
 
@@ -349,7 +349,7 @@ def _candidates(
             if not (normed and rows == 16 and size > 512):
                 yield _Shape(16, rows, min(chunk, padded), 8, True)
             continue
-        short = rows > 16 or len(BLOCKS[cell].products) > 1
+        short = rows > 16 or normed or len(BLOCKS[cell].products) > 1
         chunk = min(padded, (256 if short else 512) // itemsize)
         for units in (16, 32, 64):
             height = units * tall
@@ -392,6 +392,8 @@ def choose(
     best: LaunchPlan | None = None
     for shape in _candidates(cell, hidden_size, dtype.itemsize, exact, backward):
         slices = -(-hidden_size // shape.units)
+        if slices == 1 and not shape.resident:
+            continue
         groups = directions * -(-batch // shape.rows)
         together = groups if slices == 1 else min(groups, device.multiprocessors // slices)
         needed = _shared_bytes(cell, hidden_size, shape, dtype.itemsize, backward)

@@ -75,7 +75,7 @@ def rebuild(
         What `forward` saves.
     """
     size, x = w_hh.shape[-1], x_gates.float()
-    p = () if params is None else params.float().split(size, -1)
+    p = [] if params is None else list(params.float().split(size, -1))
     statistics = None
     if cell == "gru_reset_before":
         two, bias = 2 * size, (None, None) if b_hh is None else b_hh.split([2 * size, size], -1)
@@ -132,7 +132,9 @@ def weight_gradient(recurrent: Tensor, seen: Tensor, reset: Tensor | None) -> Te
     return torch.stack(out)
 
 
-def parameter_gradients(cell: str, inputs: Tensor, before: list[Tensor], saved: Saved) -> Tensor:
+def parameter_gradients(
+    cell: str, inputs: Tensor, before: list[Tensor], blocks: Tensor, statistics: Tensor
+) -> Tensor:
     """Gradient of the extra parameters [D, n*H], in float32.
 
     Args:
@@ -140,18 +142,19 @@ def parameter_gradients(cell: str, inputs: Tensor, before: list[Tensor], saved: 
         inputs: gradient of the input part of the gates, for the layer norm followed by that of
             LN(c).
         before: states before each step, [T, B, D, H].
-        saved: what the forward loop saved.
+        blocks: what the forward loop saved of the cell's activations.
+        statistics: what it saved of the normalisations; used for the layer norm only.
     """
     size = before[1].shape[-1]
-    i, f, g = (b.float() for b in saved.blocks[..., : 3 * size].split(size, -1))
+    i, f, g = (b.float() for b in blocks[..., : 3 * size].split(size, -1))
     old = before[1].float()
     new = f * old + i * g
     if cell == "lstm_peephole":
         di, df, _, do = inputs.float().split(size, -1)
         terms = [di * old, df * old, do * new]
     else:
-        _, mean, rstd = saved.statistics.split(1, -1)
+        _, mean, rstd = statistics.split(1, -1)
         gates, normed_c = inputs[..., 4 * size :].float(), (new - mean) * rstd
-        gains = inputs[..., : 4 * size].float() * saved.blocks[..., 4 * size :].float()
+        gains = inputs[..., : 4 * size].float() * blocks[..., 4 * size :].float()
         terms = [gains, gates * normed_c, gates]
     return torch.cat([term.sum((0, 1)) for term in terms], -1)
