@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native, reference, torch_loop
 from .checks import (
+    autocasts,
     check_backend,
     check_layer,
     check_lengths,
@@ -35,7 +36,7 @@ def precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """
     kind = x.device.type
     outside = x.dtype
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasts(kind) and x.dtype != torch.float64:
         outside = torch.get_autocast_dtype(kind)
     low = outside in (torch.bfloat16, torch.float16)
     return (torch.float32 if low and kind == "cpu" else outside), outside
@@ -43,7 +44,7 @@ def precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast leaves x's device alone."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -24,6 +24,11 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast acts on a kind of device; it does not know meta."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise TypeError for what is no floating point tensor."""
     for name, tensor in tensors.items():
@@ -71,7 +76,7 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if tensor.dtype != x.dtype and not autocasts(x.device.type):
         raise ValueError(f"{name} must have dtype {x.dtype} like x, got {tensor.dtype}")
 
 

@@ -351,6 +351,14 @@ def test_empty_batch_and_empty_sequence_as_torch(kind, options):
         layer(torch.randn(0, B, I))
 
 
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_shapes_without_data(kind, options):
+    layer = getattr(fusedrnn, kind)(I, H, 2, bidirectional=True, device="meta", **options)
+    real = getattr(fusedrnn, kind)(I, H, 2, bidirectional=True, **options)
+    results = zip(flat(layer(torch.empty(T, B, I, device="meta"))), flat(real(X)), strict=True)
+    assert all(one.is_meta and one.shape == other.shape for one, other in results)
+
+
 @pytest.mark.parametrize("options", [{}, {"peephole": True}], ids=["plain", "peephole"])
 def test_functional_call_uses_the_given_weights(options):
     layer = fusedrnn.LSTM(I, H, **options)
