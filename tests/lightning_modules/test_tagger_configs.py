@@ -54,6 +54,7 @@ def builtin(_: Path) -> list[str]:
     ("config", "source", "score"),
     [
         ("pos", builtin, "accuracy"),
+        ("pos_deep", builtin, "accuracy"),
         ("ewt", conllu, "accuracy"),
         ("ner", columns, "f1"),
         ("slots", columns, "f1"),
