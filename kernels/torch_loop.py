@@ -502,7 +502,6 @@ def _input_part(cell: str, x: Tensor, w: Mapping[str, Any]) -> tuple[Tensor, Ten
     return F.layer_norm(gates, gates.shape[-1:], w["weight_ln_ih"], bias, LAYER_NORM_EPS), left
 
 
-@untraced
 class Stepper:
     """One direction without gradients, a step at a call, as outside training.
 
@@ -544,6 +543,7 @@ class Stepper:
         return tuple(torch.lerp(o, f, self.update) for o, f in zip(state, fresh, strict=True))
 
 
+@untraced
 def recurrence(
     cell: str,
     x: Tensor,

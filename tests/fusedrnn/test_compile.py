@@ -8,6 +8,7 @@ X, LENGTHS = torch.randn(5, 3, 4), torch.tensor([2, 5, 3])
 LAYERS = [
     pytest.param(lambda: fusedrnn.LSTM(4, 6, 2, bidirectional=True), id="LSTM"),
     pytest.param(lambda: fusedrnn.LSTM(4, 6, peephole=True), id="LSTM-peephole"),
+    pytest.param(lambda: fusedrnn.LSTM(4, 6, 2, layer_norm=True), id="LSTM-layer_norm"),
     pytest.param(lambda: fusedrnn.GRU(4, 6, reset_after=False), id="GRU-reset_before"),
 ]
 
