@@ -447,8 +447,15 @@ def test_bad_input(inputs, error, message, backend):
         fusedrnn.GRU(I, H, backend=backend)(**inputs)
 
 
+@pytest.mark.parametrize("options", [{}, {"peephole": True}], ids=["plain", "peephole"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_states(options, count):
+    with pytest.raises(ValueError, match=rf"hx must be \(h_0, c_0\), got {count} tensors"):
+        fusedrnn.LSTM(I, H, **options)(X, [torch.zeros(1, B, H)] * count)
+
+
 def test_explicit_triton_on_a_cpu_tensor_raises(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pytest.importorskip("triton")
+    monkeypatch.setattr("kernels.ops.interpreted", lambda kernel: False)
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA tensor, got one on cpu"):
         fusedrnn.LSTM(I, H, backend="triton")(X)

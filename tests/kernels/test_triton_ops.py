@@ -1,5 +1,6 @@
 """The operators as torch sees them: schemas, fakes, compilation, errors."""
 
+import os
 import subprocess
 import sys
 
@@ -153,8 +154,6 @@ def test_cpu_tensor_outside_the_interpreter_is_refused():
 
 
 def _environment():
-    import os
-
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": "."}
 
 
