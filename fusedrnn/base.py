@@ -176,10 +176,10 @@ class RecurrentBase(nn.RNNBase):
         shapes = shapes[: len(CELLS[self.cell].states)]
         if state is None:
             return [x.new_zeros(shape) for shape in shapes]
-        for name, tensor, shape in zip("hc", state, shapes, strict=False):
-            self.check_hidden_size(
-                tensor, shape, f"Expected hidden[{'hc'.index(name)}] size {{}}, got {{}}"
-            )
+        if len(state) != len(shapes):
+            raise ValueError(f"hx must be (h_0, c_0), got {len(state)} tensors")
+        for index, (tensor, shape) in enumerate(zip(state, shapes, strict=True)):
+            self.check_hidden_size(tensor, shape, f"Expected hidden[{index}] size {{}}, got {{}}")
         return state
 
     def _padded(

@@ -197,8 +197,11 @@ class RecurrentStack(nn.Module):
             a list; and, if asked for, the list of x_1 ... x_L, of which the last is the output.
 
         Raises:
+            TypeError: x is no tensor, such as a PackedSequence.
             ValueError: `states` has not one entry per layer, or a layer finds its arguments wrong.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, with lengths if padded, got {type(x).__name__}")
         batch_dim = 0 if self.batch_first else 1
         states = self.complete(x.shape[batch_dim] if x.dim() == 3 else None, states)
         time = 1 - batch_dim if x.dim() == 3 else 0

@@ -98,6 +98,12 @@ def test_bad_states():
         stack(torch.randn(T, B, I), [None])
 
 
+def test_packed_sequences_are_refused():
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(T, B, I), LENGTHS, enforce_sorted=False)
+    with pytest.raises(TypeError, match="x must be a tensor, with lengths if padded, got Packed"):
+        fusedrnn.RecurrentStack(I, [4, 4])(packed)
+
+
 def test_bidirectional_stack_refuses_to_stream():
     stack = fusedrnn.RecurrentStack(I, [4, 4], bidirectional=True)
     with pytest.raises(RuntimeError, match="bidirectional layer cannot stream"):
