@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from benchmarks import cpu_layers
+from benchmarks import cpu_layers, streaming
 from benchmarks.__main__ import main
 from benchmarks.registry import BENCHMARKS, environment, interleave
 
@@ -46,4 +46,15 @@ def test_cpu_layers_runs(monkeypatch):
         "nn.LSTM packed",
         "nn.GRU packed",
     }
+    assert {"LSTM peephole", "GRU reset_before"} <= {row["name"] for row in rows}
+
+
+def test_streaming_runs(monkeypatch):
+    for name, value in {"SIZES": (3, 4), "STEPS": 2, "ROUNDS": 2}.items():
+        monkeypatch.setattr(streaming, name, value)
+    rows = list(streaming.streaming())
+    assert [(row["hidden_size"], row["baseline"]) for row in rows[::7]] == [
+        (3, "nn.LSTMCell"),
+        (4, "nn.LSTMCell"),
+    ]
     assert {"LSTM peephole", "GRU reset_before"} <= {row["name"] for row in rows}
