@@ -212,7 +212,8 @@ def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
 def _parser_kwargs() -> dict[str, Any]:
     """Returns what the help says, and a usage line in place of one with every option."""
     program = "python -m fusedrnn.train"
-    usages = {
+    commands = ",".join([*CLI.subcommands(), "predict"])
+    usages: dict[str, Any] = {
         name: {"usage": f"{program} {name} [--config NAME|FILE] [--OPTION VALUE ...]"}
         for name in CLI.subcommands()
     }
@@ -220,7 +221,8 @@ def _parser_kwargs() -> dict[str, Any]:
         "Trains and evaluates models; `predict` uses one on raw text. "
         f"Packaged configurations: {', '.join(packaged_configs())}."
     )
-    return {"prog": program, "description": description, **usages}
+    usage = f"{program} {{{commands}}} ..."
+    return {"prog": program, "usage": usage, "description": description, **usages}
 
 
 def packaged_configs() -> list[str]:
@@ -324,8 +326,9 @@ def _raised_by_data(error: Exception) -> bool:
 def _inner(error: Exception) -> Exception:
     """Returns what a constructor raised, without what jsonargparse says about types around it."""
     inner = error.__cause__ or error.__context__
-    wrapped = str(error).startswith("Does not validate") and isinstance(inner, Exception)
-    return inner if wrapped else error
+    if isinstance(inner, Exception) and str(error).startswith("Does not validate"):
+        return inner
+    return error
 
 
 def _fail(error: Exception) -> NoReturn:

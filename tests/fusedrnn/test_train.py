@@ -338,6 +338,15 @@ def test_what_a_constructor_refuses_is_one_short_line(here, capsys, monkeypatch,
     assert said.splitlines()[-1] == "error: sizes: expected positive numbers, got [0]"
 
 
+def test_help_names_every_command_and_configuration(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert said.startswith("usage: python -m fusedrnn.train {fit,validate,test,predict} ...\n")
+    assert all(name in said for name in packaged_configs())
+
+
 def test_other_errors_keep_their_traceback(here, monkeypatch):
     def broken(self, batch, index):
         raise ValueError("a mistake in the model")
