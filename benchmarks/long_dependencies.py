@@ -172,7 +172,11 @@ def set_carry_bias(stack: RecurrentStack, bias: str, length: int) -> None:
 
 
 def measure(model: Model, task: Task, batch: Batch) -> Row:
-    """Gradient norms at the first step and the last that all rows have, and the carry gate."""
+    """Measure gradient norms and the carry gate on a batch.
+
+    Norms are those at the first step and the last that all rows have; of the carry gate, the mean,
+    the mean of the tenth of units whose gate is most open, and the product over time.
+    """
     shortest = batch.x.shape[0] if batch.lengths is None else int(batch.lengths.min())
     end = shortest - 1
 
@@ -181,11 +185,14 @@ def measure(model: Model, task: Task, batch: Batch) -> Row:
 
     (flow,) = gradient_flow(model.layer, batch.x, loss, lengths=batch.lengths).values()
     name = CARRY.get(len(flow.gate_mean))
+    units = flow.unit_mean[name][0] if name else torch.full((1,), math.nan)
+    most = units.sort(descending=True).values[: max(1, len(units) // 10)]
     return {
         "gradient_first": flow.hidden[0, 0].item(),
         "gradient_last": flow.hidden[0, end].item(),
         "spectral_radius": max(radius.item() for radius in flow.spectral_radius.values()),
-        "carry_mean": flow.gate_mean[name].mean().item() if name else math.nan,
+        "carry_mean": units.mean().item(),
+        "carry_top_tenth": most.mean().item(),
         "carry_product": flow.carry[0, end].item() if flow.carry is not None else math.nan,
     }
 
@@ -280,7 +287,11 @@ def figures(path: Path) -> list[Path]:
                 axis.plot(*curve, style, label=" ".join(run), color=f"C{number % 10}")
         chance = float(next(row["chance"] for row in rows if row["task"] == task))
         panels[0].axhline(chance, color="grey", linestyle=":", label="chance")
-        titles = ("loss", "‖∂L/∂h_0‖ / ‖∂L/∂h_T‖", "mean of the carry gate")
+        titles = (
+            "loss",
+            "‖∂L/∂h_0‖ / ‖∂L/∂h_T‖",
+            "carry gate of the tenth of units that carry most",
+        )
         for axis, title in zip(panels, titles, strict=True):
             axis.set(title=f"{task}: {title}", xlabel="training step")
         for axis in panels[:2]:
@@ -305,7 +316,7 @@ def _curves(points: Sequence[Mapping[str, str]]) -> list[tuple[list[float], list
     return [
         (steps, [float(p["loss"]) for p in points]),
         (steps, ratio),
-        (steps, [float(p["carry_mean"]) for p in points]),
+        (steps, [float(p["carry_top_tenth"]) for p in points]),
     ]
 
 

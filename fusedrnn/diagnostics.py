@@ -45,6 +45,7 @@ class Flow(NamedTuple):
         carry: mean of the product over the steps so far of the gate that the old state is
             multiplied with, f of an LSTM and z of a GRU, [D, T]; None for other cells.
         gate_mean: name of the gate -> its mean, [D, T].
+        unit_mean: name -> mean of each unit's gate over rows and times, [D, H].
         gate_saturation: name -> share of its values within 0.05 of its range from either end, [D].
         spectral_radius: name -> largest modulus of an eigenvalue of the gate's block of the
             recurrent matrix, [D].
@@ -54,6 +55,7 @@ class Flow(NamedTuple):
     cell: Tensor | None
     carry: Tensor | None
     gate_mean: dict[str, Tensor]
+    unit_mean: dict[str, Tensor]
     gate_saturation: dict[str, Tensor]
     spectral_radius: dict[str, Tensor]
 
@@ -124,6 +126,7 @@ class Record:
             _norm(self.gradient(1)) if has_cell else None,
             None if carry is None else self._mean(carry),
             {name: self._mean(gate) for name, gate in self.gates.items()},
+            {name: gate[:, self.alive].mean(1) for name, gate in self.gates.items()},
             {name: self._saturation(name, gate) for name, gate in self.gates.items()},
             self._spectral_radius(),
         )

@@ -104,6 +104,7 @@ def test_a_study_goes_on_where_it_was_cut_short_and_is_drawn(tmp_path):
     ]
     assert all(float(r["gradient_first"]) > 0 for r in first)
     assert [r["carry_mean"] == "nan" for r in first] == [True] * 3 + [False] * 3
+    assert all(float(r["carry_top_tenth"]) >= float(r["carry_mean"]) for r in first[3:])
     more = ["order-10", "adding-10", "copy-10"]
     study.main(["--tasks", *more, "--cells", "lstm", "gru", "--biases", "1", *small])
     again = rows(output)

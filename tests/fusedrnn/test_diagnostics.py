@@ -122,6 +122,10 @@ def test_padding_counts_in_no_mean():
     (padded,) = diagnostics.gradient_flow(layer, poisoned, loss, lengths=LENGTHS).values()
     alone = run_recorded(layer, x[:, 1:2], loss).flow()
     assert all(v.isfinite().all() for v in (padded.hidden, padded.cell, padded.carry))
+    record = run_recorded(layer, x, loss, lengths=LENGTHS)
+    for name, mean in padded.unit_mean.items():
+        rows = [record.gates[name][:, :n, row] for row, n in enumerate(LENGTHS.tolist())]
+        torch.testing.assert_close(mean, torch.cat(rows, 1).mean(1))
     for name, mean in padded.gate_mean.items():
         torch.testing.assert_close(mean[:, 4:], alone.gate_mean[name][:, 4:])
 
