@@ -102,6 +102,7 @@ def run(
     state: Sequence[Tensor],
     final_dtype: torch.dtype,
     conf: Callable[[str, int], Config],
+    sync: tuple[Tensor, Tensor],
     **arguments: object,
 ) -> tuple[Tensor, ...]:
     """Run `steps` steps of all groups and return the states after them.
@@ -116,9 +117,13 @@ def run(
     constants = conf("none" if serial else BARRIER, planning.TRIES)
     for origin in range(0, plan.groups, plan.groups_per_launch):
         grid = (plan.slices, min(plan.groups_per_launch, plan.groups - origin))
-        launch = partial(dispatch, kernel, grid, plan, C=constants, origin=origin, **arguments)
+        launch = partial(
+            dispatch, kernel, grid, plan, C=constants, origin=origin, sync=sync, **arguments
+        )
         if not serial:
             launch(state_in=tuple(state), state_out=final, first=0, last=steps)
+            if BARRIER == "bounded" and sync[1].item():
+                raise RuntimeError(f"programs waited in vain for each other: {plan}")
             continue
         now = tuple(s.float() for s in state)
         for step in range(steps):
