@@ -40,10 +40,11 @@ class Stream:
             self._steppers.append(Stepper(layer.cell, held, layer.zoneout))
         sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size]
         self._sizes = sizes[: len(CELLS[layer.cell].states)]
+        self._shape: torch.Size | None = None
         self._state = None if state is None else self._take(state)
         self._batched = state is None or state[0].dim() == 3
 
-    def _take(self, state: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _take(self, state: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """For each layer its states [B, *], from states [num_layers, B, *] or [num_layers, *]."""
         for tensor, size in zip(state, self._sizes, strict=True):
             shape = tuple(tensor.shape)
@@ -64,7 +65,6 @@ class Stream:
         tensors = tensors if self._batched else [s.squeeze(1) for s in tensors]
         return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
-    @torch.no_grad()
     def __call__(self, x_t: Tensor) -> Tensor:
         """Take one step.
 
@@ -77,25 +77,41 @@ class Stream:
         Raises:
             ValueError: x_t has another shape, or another batch size than before.
         """
+        x_t = x_t.detach()  # with it nothing wants gradients: cheaper than torch.no_grad
+        same = x_t.shape == self._shape and x_t.dtype == self._dtype
+        if same and not torch.is_autocast_enabled(x_t.device.type):
+            return self._advance(x_t)
+        return self._begin(x_t)
+
+    def _begin(self, x_t: Tensor) -> Tensor:
+        """A step whose input is not known to have the right shape, or not in the right dtype."""
         rows = x_t if x_t.dim() == 2 else x_t.unsqueeze(0)
         if rows.dim() != 2 or rows.shape[1] != self._size:
             raise ValueError(
                 f"x_t must have shape [B, {self._size}] or [{self._size}], got {list(x_t.shape)}"
             )
         if self._state is None:
-            zeros = [[rows.new_zeros(len(rows), n, dtype=self._dtype) for n in self._sizes]]
+            zeros: list[Sequence[Tensor]] = [
+                [rows.new_zeros(len(rows), n, dtype=self._dtype) for n in self._sizes]
+            ]
             self._state, self._batched = zeros * len(self._steppers), x_t.dim() == 2
         if len(rows) != len(self._state[0][0]):
             raise ValueError(
                 f"x_t must have {len(self._state[0][0])} rows, as the state has, got {len(rows)}"
             )
+        if x_t.dim() == 2:
+            self._shape = x_t.shape
         dtype = precision(x_t)[1]
         with without_autocast(x_t):
-            y = rows.to(self._dtype)
-            for index, stepper in enumerate(self._steppers):
-                self._state[index] = list(stepper(y, self._state[index]))
-                y = self._state[index][0]
+            y = self._advance(rows.to(self._dtype))
         return (y if x_t.dim() == 2 else y[0]).to(dtype)
+
+    def _advance(self, y: Tensor) -> Tensor:
+        state = cast(list[Sequence[Tensor]], self._state)
+        for index, stepper in enumerate(self._steppers):
+            state[index] = stepper(y, state[index])
+            y = state[index][0]
+        return y
 
 
 class StackStream:

@@ -523,6 +523,8 @@ class Stepper:
         if spec.torch_name is not None and not zoneout and self.w["w_hr"] is None:
             self.native = getattr(torch, f"{spec.torch_name}_cell")
         self.params = [self.w[name] for name in spec.parameters]
+        if self.native is None and cell != "gru" and self.w["b_hh"] is not None:
+            self.w["b_ih"], self.w["b_hh"] = self.w["b_ih"] + self.w["b_hh"], None
 
     def __call__(self, x: Tensor, state: Sequence[Tensor]) -> State:
         """From x_t [B, I] and the old state, h [B, P] and perhaps c [B, H], to the new one."""
