@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from benchmarks import cpu_layers, streaming
+from benchmarks import cpu_layers, deep_stacks, streaming
 from benchmarks.__main__ import main
 from benchmarks.registry import BENCHMARKS, environment, interleave
 
@@ -58,3 +58,20 @@ def test_streaming_runs(monkeypatch):
         (4, "nn.LSTMCell"),
     ]
     assert {"LSTM peephole", "GRU reset_before"} <= {row["name"] for row in rows}
+
+
+def test_deep_stacks_run_and_are_drawn(tmp_path, monkeypatch):
+    sizes = {"LAYERS": 3, "HIDDEN": 4, "BATCH": 3, "STEPS": 4, "EVERY": 2, "SEEDS": (0, 1)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(deep_stacks, name, value)
+    main(["deep_stacks", "--output", str(tmp_path)])
+    with (tmp_path / "deep_stacks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["variant"], row["step"]) for row in rows] == [
+        (seed, variant, step)
+        for seed in "01"
+        for variant in ("plain", "residual + layer norm")
+        for step in "24"
+    ]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    assert deep_stacks.draw(tmp_path / "deep_stacks.csv").stat().st_size > 0

@@ -1,0 +1,77 @@
+"""Eight LSTM layers on temporal order: plain, and with residual connections and layer norm.
+
+`python -m benchmarks deep_stacks` trains them, in minutes on one core, and
+`python -m benchmarks.deep_stacks` draws the curves as results/deep_stacks.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fusedrnn import RecurrentStack
+
+from .long_dependencies import CLIP, LEARNING_RATE, RESULTS, make_task, read
+from .registry import Row, benchmark
+
+VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "residual + layer norm": {"residual": True, "layer_norm": True},
+}
+TASK, LAYERS, HIDDEN, BATCH, STEPS, EVERY, SEEDS = "order-20", 8, 32, 32, 300, 20, (0, 1, 2)
+
+
+@benchmark
+def deep_stacks() -> Iterator[Row]:
+    """Train each variant, and report the mean loss since the last row."""
+    task = make_task(TASK)
+    for seed in SEEDS:
+        for name, options in VARIANTS.items():
+            torch.manual_seed(seed)
+            stack = RecurrentStack(task.inputs, [HIDDEN] * LAYERS, forget_bias=1.0, **options)
+            head = nn.Linear(HIDDEN, task.outputs)
+            parameters = [*stack.parameters(), *head.parameters()]
+            optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+            recent: list[float] = []
+            for step in range(1, STEPS + 1):
+                batch = task.generate(BATCH, task.length)
+                y, _ = stack(batch.x, lengths=batch.lengths)
+                loss = task.loss(head(y[batch.lengths - 1, torch.arange(BATCH)]), batch)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, CLIP)
+                optimizer.step()
+                recent.append(loss.item())
+                if step % EVERY == 0:
+                    mean = sum(recent) / len(recent)
+                    yield {"variant": name, "seed": seed, "step": step, "loss": round(mean, 5)}
+                    recent = []
+
+
+def draw(path: Path) -> Path:
+    """Draw the curves of a result file beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    rows = read(path)
+    for number, variant in enumerate(VARIANTS):
+        for seed in dict.fromkeys(row["seed"] for row in rows):
+            own = [row for row in rows if (row["variant"], row["seed"]) == (variant, seed)]
+            steps, losses = ([float(row[key]) for row in own] for key in ("step", "loss"))
+            axis.plot(list(steps), list(losses), color=f"C{number}", label=f"{variant}, {seed}")
+    axis.axhline(make_task(TASK).chance, color="grey", linestyle=":", label="chance")
+    axis.set(title=f"{LAYERS} LSTM layers on {TASK}", xlabel="training step", ylabel="loss (nats)")
+    axis.set_yscale("log")
+    axis.legend(fontsize="small")
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    return picture
+
+
+if __name__ == "__main__":
+    print(draw(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "deep_stacks.csv"))
