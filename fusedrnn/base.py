@@ -43,6 +43,8 @@ class RecurrentBase(nn.RNNBase):
         zoneout: probability in [0, 1) that a unit of h or c keeps its old value at a step; outside
             training the expectation is taken.
         backend: "auto", "triton", "torch" or "reference".
+        recompute: whether the Triton kernels rebuild the gates for the gradient instead of keeping
+            them.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -66,16 +68,18 @@ class RecurrentBase(nn.RNNBase):
         recurrent_dropout: float,
         zoneout: float,
         backend: str,
+        recompute: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         check_probability("recurrent_dropout", recurrent_dropout)
         check_probability("zoneout", zoneout)
-        check_backend(backend)
+        check_backend(backend, recompute)
         self.cell = cell
         self.recurrent_dropout = float(recurrent_dropout)
         self.zoneout = float(zoneout)
         self.backend = backend
+        self.recompute = recompute
         super().__init__(
             mode,
             input_size,
@@ -126,9 +130,15 @@ class RecurrentBase(nn.RNNBase):
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
+        defaults = {
+            "recurrent_dropout": 0.0,
+            "zoneout": 0.0,
+            "backend": "auto",
+            "recompute": False,
+        }
         options = {
             name: getattr(self, name)
-            for name, default in (("recurrent_dropout", 0.0), ("zoneout", 0.0), ("backend", "auto"))
+            for name, default in defaults.items()
             if getattr(self, name) != default
         }
         return ", ".join(
@@ -301,6 +311,7 @@ class RecurrentBase(nn.RNNBase):
                 training=self.training,
                 seed=draw_seed() if draws else 0,
                 backend=self.backend,
+                recompute=self.recompute,
             )
             finals.append(final)
             if layer < self.num_layers - 1:

@@ -293,7 +293,7 @@ class _Watcher:
         self.calls = 0
 
     def __call__(
-        self, cell: str, x: Tensor, *arguments: Any, backend: str, **options: Any
+        self, cell: str, x: Tensor, *arguments: Any, backend: str, recompute: bool, **options: Any
     ) -> tuple[Tensor, State]:
         lengths = options.get("lengths")
         steps, batch = x.shape[:2]

@@ -42,6 +42,10 @@ class LSTM(RecurrentBase):
             to the output, are normalised (Ba et al. 2016); parameters `weight_ln_ih_l0`,
             `weight_ln_hh_l0` [4*H], `weight_ln_c_l0`, `bias_ln_c_l0` [H].
         backend: "auto" (triton on a GPU, torch on a CPU), "triton", "torch" or "reference".
+        recompute: whether only h and c are kept for the gradient (with layer norm, the input part
+            of the gates too), and the gates rebuilt in the backward pass by one product: about a
+            third of the memory for one more forward product. Only the Triton kernels have it: no
+            effect where "auto" takes torch, as on a CPU.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -66,6 +70,7 @@ class LSTM(RecurrentBase):
         zoneout: float = 0.0,
         layer_norm: bool = False,
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,6 +95,7 @@ class LSTM(RecurrentBase):
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
             backend=backend,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )
@@ -248,6 +254,7 @@ class GRU(_Hidden):
         recurrent_dropout: as in `LSTM`.
         zoneout: as in `LSTM`.
         backend: "auto" (triton on a GPU, torch on a CPU), "triton", "torch" or "reference".
+        recompute: as in `LSTM`.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -269,6 +276,7 @@ class GRU(_Hidden):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -286,6 +294,7 @@ class GRU(_Hidden):
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
             backend=backend,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )
@@ -313,6 +322,7 @@ class RNN(_Hidden):
         recurrent_dropout: as in `LSTM`.
         zoneout: as in `LSTM`.
         backend: "auto" (triton on a GPU, torch on a CPU), "triton", "torch" or "reference".
+        recompute: as in `LSTM`.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -334,6 +344,7 @@ class RNN(_Hidden):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -353,6 +364,7 @@ class RNN(_Hidden):
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
             backend=backend,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )

@@ -61,7 +61,7 @@ class RecurrentStack(nn.Module):
         zoneout: of each layer, as in `LSTM`.
         highway: whether a layer above the first has a gate between its input and its output.
         learned_states: whether initial states that are not given are parameters, zero at first.
-        **cell_options: further arguments of all layers: `forget_bias`, `bias`, `dtype`, ...
+        **cell_options: further arguments of all layers: `forget_bias`, `bias`, `recompute`, ...
 
     Attributes:
         num_directions: of the last layer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ def choose_backend(backend: str, x: Tensor, projected: bool = False) -> str:
     return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
-def _implementation(backend: str, native_cell: bool) -> Callable[..., tuple[Tensor, State]]:
+def _implementation(
+    backend: str, native_cell: bool, recompute: bool
+) -> Callable[..., tuple[Tensor, State]]:
     if backend == "torch" and native_cell:
         return native.recurrence
     if backend == "torch":
@@ -86,7 +89,7 @@ def _implementation(backend: str, native_cell: bool) -> Callable[..., tuple[Tens
         raise RuntimeError("backend='triton' needs the package triton, which is not installed")
     from . import ops
 
-    return ops.recurrence
+    return partial(ops.recurrence, recompute=recompute)
 
 
 def recurrence(
@@ -106,10 +109,11 @@ def recurrence(
     training: bool = False,
     seed: int = 0,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, State]:
     """One layer on the chosen backend; the arguments are taken as valid and of one dtype.
 
-    All but `backend` and the results are those of `reference.recurrence`.
+    All but `backend` and `recompute`, and the results, are those of `reference.recurrence`.
 
     Args:
         cell: name in `CELLS`.
@@ -128,12 +132,18 @@ def recurrence(
         seed: seed of the masks.
         backend: "auto", "triton", "torch" (torch's own kernels where it has the cell, `torch_loop`
             otherwise, and in `torch.export` the plain operations of the reference) or "reference".
+        recompute: as in `lstm`.
 
     Returns:
         Output [T, B, D*P] and the final states, shaped as the initial ones.
+
+    Raises:
+        ValueError: `recompute` with a backend that has it not.
     """
+    check_backend(backend, recompute)
     covered = native.covers(cell, recurrent_dropout, zoneout, training, lengths)
-    run = _implementation(choose_backend(backend, x, w_hr is not None), covered)
+    chosen = choose_backend(backend, x, w_hr is not None)
+    run = _implementation(chosen, covered, recompute)
     if lengths is not None and run is not native.recurrence:
         x = without_padding(x, lengths)
     return run(
@@ -170,9 +180,10 @@ def _layer(
     training: bool,
     seed: int | None,
     backend: str,
+    recompute: bool,
 ) -> tuple[Tensor, State]:
     """Validate, add the direction axis, settle the precision, and run."""
-    check_backend(backend)
+    check_backend(backend, recompute)
     check_probability("recurrent_dropout", recurrent_dropout)
     check_probability("zoneout", zoneout)
     spec = CELLS[cell]
@@ -214,6 +225,7 @@ def _layer(
             training=training,
             seed=draw_seed() if seed is None else seed,
             backend=backend,
+            recompute=recompute,
         )
         return y.to(outside), tuple(s.to(outside) if lead else s.to(outside)[0] for s in final)
 
@@ -254,6 +266,7 @@ def lstm(
     training: bool = False,
     seed: int | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run one LSTM layer: plain, with peepholes, or with layer normalisation inside the cell.
 
@@ -291,6 +304,10 @@ def lstm(
         seed: seed of the masks; None draws one from torch's default generator.
         backend: "auto" (triton on a GPU, torch on a CPU), "triton", "torch" or "reference". An
             explicit choice never falls back.
+        recompute: keep only h and c for the gradient (with layer norm, the input part of the gates
+            too), and rebuild the gates in the backward pass by one product: about a third of the
+            memory for one more forward product. Only the Triton kernels have it: no effect where
+            "auto" takes torch, as on a CPU.
 
     Returns:
         y [T, B, D*P] and (h_n [D, B, P], c_n [D, B, H]).
@@ -324,6 +341,7 @@ def lstm(
         training=training,
         seed=seed,
         backend=backend,
+        recompute=recompute,
     )
     return y, (h_n, c_n)
 
@@ -343,6 +361,7 @@ def gru(
     training: bool = False,
     seed: int | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one GRU layer: h_t = (1 - z) n + z h_{t-1}.
 
@@ -364,6 +383,7 @@ def gru(
         training: whether masks are drawn.
         seed: seed of the masks.
         backend: "auto", "triton", "torch" or "reference".
+        recompute: as in `lstm`.
 
     Returns:
         y [T, B, D*H] and h_n [D, B, H].
@@ -385,6 +405,7 @@ def gru(
         training=training,
         seed=seed,
         backend=backend,
+        recompute=recompute,
     )
     return y, h_n
 
@@ -404,6 +425,7 @@ def rnn(
     training: bool = False,
     seed: int | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one Elman layer: h_t = tanh or relu of W_ih x_t + b_ih + W_hh h_{t-1} + b_hh.
 
@@ -423,6 +445,7 @@ def rnn(
         training: whether masks are drawn.
         seed: seed of the masks.
         backend: "auto", "triton", "torch" or "reference".
+        recompute: as in `lstm`.
 
     Returns:
         y [T, B, D*H] and h_n [D, B, H].
@@ -446,5 +469,6 @@ def rnn(
         training=training,
         seed=seed,
         backend=backend,
+        recompute=recompute,
     )
     return y, h_n

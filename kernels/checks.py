@@ -12,10 +12,14 @@ from .spec import CellSpec
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one of `BACKENDS`."""
+def check_backend(backend: str, recompute: bool = False) -> None:
+    """Raise ValueError unless `backend` is one of `BACKENDS`, and may have `recompute`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if recompute and backend not in ("auto", "triton"):
+        raise ValueError(
+            f"recompute=True needs backend='triton', which alone has it, got backend={backend!r}"
+        )
 
 
 def check_probability(name: str, value: float) -> None:

@@ -182,7 +182,8 @@ def recurrence(
     directions, hidden = w_ih.shape[0], w_ih.shape[1] // spec.gates
     mask = None
     if training and recurrent_dropout > 0:
-        kept = recurrent_mask(seed, recurrent_dropout, *state[0].shape, x.device)
+        size = state[0].shape[-1]
+        kept = recurrent_mask(seed, recurrent_dropout, directions, batch, size, x.device)
         mask = kept.to(x.dtype) / (1 - recurrent_dropout)
     outputs, finals = [], []
     for d in range(directions):

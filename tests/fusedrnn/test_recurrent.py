@@ -403,6 +403,10 @@ def test_bad_sizes(kind, arguments, error, message):
         ("GRU", {"dropout": 2}, r"dropout should be a number in range \[0, 1\]"),
         ("RNN", {"backend": "gpu"}, "backend must be one of auto, triton, torch, reference"),
         ("RNN", {"nonlinearity": "gelu"}, "nonlinearity must be 'tanh' or 'relu'"),
+        *(
+            (kind, {"recompute": True, "backend": "torch"}, "recompute=True needs backend='triton'")
+            for kind in KINDS
+        ),
     ],
 )
 def test_bad_options(kind, options, message):
@@ -452,6 +456,18 @@ def test_bad_input(inputs, error, message, backend):
 def test_another_number_of_states(options, count):
     with pytest.raises(ValueError, match=rf"hx must be \(h_0, c_0\), got {count} tensors"):
         fusedrnn.LSTM(I, H, **options)(X, [torch.zeros(1, B, H)] * count)
+
+
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_recompute_has_no_effect_where_auto_takes_torch(kind, options):
+    plain, recomputing = (
+        getattr(fusedrnn, kind)(I, H, **options, recompute=recompute) for recompute in (False, True)
+    )
+    recomputing.load_state_dict(plain.state_dict())
+    for a, e in zip(flat(recomputing(X)), flat(plain(X)), strict=True):
+        assert torch.equal(a, e)
+    assert "recompute=True" in repr(recomputing)
+    assert "recompute" not in repr(plain)
 
 
 def test_explicit_triton_on_a_cpu_tensor_raises(monkeypatch):

@@ -17,8 +17,9 @@ MODULES = {
     "lstm_layernorm": lambda: fusedrnn.LSTM(3, 4, layer_norm=True, recurrent_dropout=0.1),
     "gru": lambda: fusedrnn.GRU(3, 4, bias=False, reset_after=False, backend="reference"),
     "rnn": lambda: fusedrnn.RNN(3, 4, nonlinearity="relu", dtype=torch.float64),
+    "rnn_recompute": lambda: fusedrnn.RNN(3, 4, recompute=True),
     "stack": lambda: fusedrnn.RecurrentStack(
-        3, (4, 2), "gru", residual=True, layer_norm=True, dropout=0.5, zoneout=0.2
+        3, (4, 2), "gru", residual=True, layer_norm=True, dropout=0.5, zoneout=0.2, recompute=True
     ),
     "stack_bfloat16": lambda: fusedrnn.RecurrentStack(3, [4, 2], peephole=True).bfloat16(),
     "stack_each": lambda: fusedrnn.RecurrentStack(

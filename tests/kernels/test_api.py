@@ -149,6 +149,7 @@ BAD = [
     ({"recurrent_dropout": 1.0}, ValueError, r"recurrent_dropout must be a number in \[0, 1\)"),
     ({"zoneout": -0.1}, ValueError, r"zoneout must be a number in \[0, 1\)"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
+    ({"recompute": True, "backend": "torch"}, ValueError, "recompute=True needs backend='triton'"),
 ]
 
 
@@ -160,6 +161,18 @@ def test_bad_input_names_the_argument(wrong, error, message):
     with pytest.raises(error, match=message) as caught:
         kernels.lstm(**(tensors() | wrong))
     assert "\n" not in str(caught.value)
+
+
+def test_recompute_of_a_named_backend_that_has_it_not_is_refused():
+    for backend in ("torch", "reference"):
+        with pytest.raises(ValueError, match=f"got backend='{backend}'"):
+            outputs(kernels.recurrence, random_layer("gru"), recompute=True, backend=backend)
+
+
+@pytest.mark.parametrize(("run", "gates"), [(kernels.lstm, 4), (kernels.gru, 3), (kernels.rnn, 1)])
+def test_recompute_has_no_effect_where_auto_takes_torch(run, gates):
+    given = tensors(gates)
+    assert torch.equal(run(**given, recompute=True)[0], run(**given)[0])
 
 
 def test_unknown_nonlinearity():

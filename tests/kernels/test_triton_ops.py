@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import kernels
-from fusedrnn import GRU, LSTM
+from fusedrnn import GRU, LSTM, RNN, RecurrentStack
 from kernels import ops
 from kernels.persistent import plan as planning
 from tests.kernels.cases import outputs, outputs_and_gradients, random_layer
@@ -108,6 +110,59 @@ def test_layers_agree_with_torch(cell):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 2, 4)
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+LAYERS = [
+    pytest.param(partial(layer, 4, 5, num_layers=2, bidirectional=True, **options), id=name)
+    for name, layer, options in (
+        ("lstm", LSTM, {}),
+        ("lstm_peephole", LSTM, {"peephole": True}),
+        ("lstm_layernorm", LSTM, {"layer_norm": True}),
+        ("gru", GRU, {"recurrent_dropout": 0.3, "zoneout": 0.2}),
+        ("gru_reset_before", GRU, {"reset_after": False}),
+        ("rnn", RNN, {"nonlinearity": "relu"}),
+    )
+] + [pytest.param(partial(RecurrentStack, 4, [5, 6], ["gru", "lstm"], residual=True), id="stack")]
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_layers_that_recompute_have_the_same_gradients_and_keep_less(make):
+    results, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer = make(backend="triton", recompute=recompute)
+        x = torch.randn(4, 3, 4, requires_grad=True)
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y, final = layer(x, lengths=torch.tensor([4, 1, 2]))
+        loss = sum((i + 1) * r.square().sum() for i, r in enumerate(tree_leaves((y, final))))
+        results.append([y, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+        kept.append(sum(saved.values()))
+    torch.testing.assert_close(results[1], results[0])
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize(("run", "gates"), [(kernels.lstm, 4), (kernels.gru, 3), (kernels.rnn, 1)])
+def test_functions_reach_the_recomputation(run, gates, monkeypatch):
+    used = []
+    rebuild = ops.rebuild
+    monkeypatch.setattr(ops, "rebuild", lambda *rest: used.append(1) or rebuild(*rest))
+    torch.manual_seed(0)
+    weights = [torch.randn(gates * 5, n, requires_grad=True) for n in (4, 5)]
+    x = torch.randn(3, 2, 4)
+    plain, recomputed = (
+        torch.autograd.grad(
+            run(x, *weights, backend="triton", recompute=recompute)[0].square().sum(), weights
+        )
+        for recompute in (False, True)
+    )
+    assert used == [1]
+    torch.testing.assert_close(recomputed, plain)
 
 
 def test_autocast_reaches_the_kernels():
