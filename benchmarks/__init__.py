@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks [name ...]`. They need no more than torch."""
+"""Benchmarks: `python -m benchmarks [name ...]`. They need torch, and triton on a GPU."""

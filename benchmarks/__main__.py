@@ -1,18 +1,30 @@
-"""Run benchmarks by name, all of them without a name; each writes results/NAME.csv as it goes."""
+"""Run benchmarks by name; without a name all of them, or on a GPU those that need one.
+
+Rows stand in results/NAME.csv as soon as they are measured. Those that are there from the same
+commit, machine and versions are not measured again; new ones replace those from elsewhere.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import pkgutil
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 import benchmarks
 
-from .registry import BENCHMARKS, environment
+from .registry import BENCHMARKS, Row, environment, read
 
 RESULTS = Path(__file__).parent / "results"
+NO_GPU: Row = {"status": "no GPU has run this"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -20,6 +32,9 @@ def main(args: list[str] | None = None) -> None:
 
     Args:
         args: names and options; None takes them from the command line.
+
+    Raises:
+        SystemExit: not everything could be measured.
     """
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
@@ -35,22 +50,72 @@ def main(args: list[str] | None = None) -> None:
         )
     options.output.mkdir(parents=True, exist_ok=True)
     where = environment()
-    print(", ".join(f"{key} {value}" for key, value in where.items()))
-    for name in options.names or BENCHMARKS:
-        _run(name, options.output / f"{name}.csv", where)
+    print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
+    gpu = torch.cuda.is_available()
+    names = options.names or [name for name, it in BENCHMARKS.items() if it.gpu or not gpu]
+    failures: Counter[str] = Counter()
+    findings = []
+    for name in names:
+        path = options.output / f"{name}.csv"
+        if BENCHMARKS[name].gpu and not gpu:
+            findings.append(f"{name}: not run, needs a GPU")
+            if not path.exists():
+                _write(path, [NO_GPU | where])
+            continue
+        with _counting(failures, name):
+            _run(name, path, where, failures)
+        with _counting(failures, name, "findings"):
+            rows = _matching(read(path), where)
+            findings += [f"{name}: {line}" for line in BENCHMARKS[name].findings(rows)]
+    print(*findings, sep="\n", flush=True)
+    if failures:
+        sys.exit("failed: " + ", ".join(f"{name} ({n})" for name, n in failures.items()))
 
 
-def _run(name: str, path: Path, where: dict[str, object]) -> None:
-    with path.open("w", newline="") as file:
-        writer = None
-        for row in BENCHMARKS[name]():
-            print(name, ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            row = row | where
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
+def _run(name: str, path: Path, where: Row, failures: Counter[str]) -> None:
+    rows: list[Mapping[str, object]] = list(_matching(read(path), where))
+    if rows:
+        print(f"{name}: {len(rows)} rows are there from before", flush=True)
+    for key, measure in BENCHMARKS[name].cases():
+        if _matching(rows, key):
+            continue
+        with _counting(failures, name, _text(key)):
+            measured = [key | row for row in measure()]
+            print(*(f"{name} {_text(row)}" for row in measured), sep="\n", flush=True)
+            rows += [row | where for row in measured]
+            _write(path, rows)
+
+
+@contextlib.contextmanager
+def _counting(failures: Counter[str], name: str, *what: str) -> Iterator[None]:
+    """Say in one line what was raised inside, count it, and go on."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] += 1
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        text = next(iter(str(error).strip().splitlines()), "")
+        print(name, *what, f"failed: {type(error).__name__}: {text} ({place})", flush=True)
+
+
+def _text(row: Row) -> str:
+    return ", ".join(f"{key} {value}" for key, value in row.items())
+
+
+def _matching(rows: Sequence[Mapping[str, object]], columns: Row) -> list[Mapping[str, object]]:
+    """The rows that agree with `columns`, all compared as the file has them."""
+    return [r for r in rows if all(str(r.get(name)) == str(v) for name, v in columns.items())]
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Replace the file at once, so that no moment leaves half of it."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

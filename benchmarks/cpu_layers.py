@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 
-from .registry import Row, benchmark, interleave
+from .registry import Case, benchmark, interleave, spread
 
 STEPS, BATCH, SIZE = 64, 32, 256
 ROUNDS = 15
@@ -32,32 +33,26 @@ def _packed(layer: nn.Module, x: Tensor, lengths: Tensor) -> Callable[[], None]:
     return run
 
 
-@benchmark
-def cpu_layers() -> Iterator[Row]:
+@benchmark(spread("ratio", "name"))
+def cpu_layers() -> Iterator[Case]:
     """Compare each layer with the nearest cell of torch.nn."""
     torch.manual_seed(0)
     x = torch.randn(STEPS, BATCH, SIZE, requires_grad=True)
     lengths = torch.randint(STEPS // 4, STEPS + 1, (BATCH,))
     sizes = (SIZE, SIZE)
     lstm, gru = nn.LSTM(*sizes, **SHAPE), nn.GRU(*sizes, **SHAPE)
-    yield from interleave(
+    for candidates in (
         {
             "nn.LSTM": _padded(lstm, x),
             "LSTM": _padded(fusedrnn.LSTM(*sizes, **SHAPE), x),
             "LSTM peephole": _padded(fusedrnn.LSTM(*sizes, **SHAPE, peephole=True), x),
             "LSTM layer_norm": _padded(fusedrnn.LSTM(*sizes, **SHAPE, layer_norm=True), x),
         },
-        ROUNDS,
-    )
-    yield from interleave(
         {
             "nn.GRU": _padded(gru, x),
             "GRU": _padded(fusedrnn.GRU(*sizes, **SHAPE), x),
             "GRU reset_before": _padded(fusedrnn.GRU(*sizes, **SHAPE, reset_after=False), x),
         },
-        ROUNDS,
-    )
-    yield from interleave(
         {
             "nn.LSTM packed": _packed(lstm, x, lengths),
             "LSTM lengths": _padded(fusedrnn.LSTM(*sizes, **SHAPE), x, lengths=lengths),
@@ -65,9 +60,6 @@ def cpu_layers() -> Iterator[Row]:
                 fusedrnn.LSTM(*sizes, **SHAPE, peephole=True), x, lengths=lengths
             ),
         },
-        ROUNDS,
-    )
-    yield from interleave(
         {
             "nn.GRU packed": _packed(gru, x, lengths),
             "GRU lengths": _padded(fusedrnn.GRU(*sizes, **SHAPE), x, lengths=lengths),
@@ -75,5 +67,5 @@ def cpu_layers() -> Iterator[Row]:
                 fusedrnn.GRU(*sizes, **SHAPE, reset_after=False), x, lengths=lengths
             ),
         },
-        ROUNDS,
-    )
+    ):
+        yield {"baseline": next(iter(candidates))}, partial(interleave, candidates, ROUNDS)

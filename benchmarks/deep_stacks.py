@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from torch import nn
 
 from fusedrnn import RecurrentStack
 
-from .long_dependencies import CLIP, LEARNING_RATE, RESULTS, make_task, read
-from .registry import Row, benchmark
+from .long_dependencies import CLIP, LEARNING_RATE, RESULTS, make_task
+from .registry import Case, Row, benchmark, read
 
 VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
@@ -25,31 +26,44 @@ VARIANTS: dict[str, dict[str, bool]] = {
 TASK, LAYERS, HIDDEN, BATCH, STEPS, EVERY, SEEDS = "order-20", 8, 32, 32, 300, 20, (0, 1, 2)
 
 
-@benchmark
-def deep_stacks() -> Iterator[Row]:
-    """Train each variant, and report the mean loss since the last row."""
+def _train(name: str, seed: int) -> Iterator[Row]:
+    """The mean loss since the last row, every few steps."""
     task = make_task(TASK)
+    torch.manual_seed(seed)
+    stack = RecurrentStack(task.inputs, [HIDDEN] * LAYERS, forget_bias=1.0, **VARIANTS[name])
+    head = nn.Linear(HIDDEN, task.outputs)
+    parameters = [*stack.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+    recent: list[float] = []
+    for step in range(1, STEPS + 1):
+        batch = task.generate(BATCH, task.length)
+        y, _ = stack(batch.x, lengths=batch.lengths)
+        loss = task.loss(head(y[batch.lengths - 1, torch.arange(BATCH)]), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        recent.append(loss.item())
+        if step % EVERY == 0:
+            yield {"step": step, "loss": round(sum(recent) / len(recent), 5)}
+            recent = []
+
+
+def _last_losses(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    last = {(row["variant"], row["seed"]): row for row in rows}.values()
+    for variant in VARIANTS:
+        losses = [
+            f"{row['loss']} (seed {row['seed']})" for row in last if row["variant"] == variant
+        ]
+        yield f"{variant}: last loss {', '.join(losses)}"
+
+
+@benchmark(_last_losses)
+def deep_stacks() -> Iterator[Case]:
+    """Train each variant from each seed."""
     for seed in SEEDS:
-        for name, options in VARIANTS.items():
-            torch.manual_seed(seed)
-            stack = RecurrentStack(task.inputs, [HIDDEN] * LAYERS, forget_bias=1.0, **options)
-            head = nn.Linear(HIDDEN, task.outputs)
-            parameters = [*stack.parameters(), *head.parameters()]
-            optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
-            recent: list[float] = []
-            for step in range(1, STEPS + 1):
-                batch = task.generate(BATCH, task.length)
-                y, _ = stack(batch.x, lengths=batch.lengths)
-                loss = task.loss(head(y[batch.lengths - 1, torch.arange(BATCH)]), batch)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, CLIP)
-                optimizer.step()
-                recent.append(loss.item())
-                if step % EVERY == 0:
-                    mean = sum(recent) / len(recent)
-                    yield {"variant": name, "seed": seed, "step": step, "loss": round(mean, 5)}
-                    recent = []
+        for name in VARIANTS:
+            yield {"variant": name, "seed": seed}, partial(_train, name, seed)
 
 
 def draw(path: Path) -> Path:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import fusedrnn
 from kernels.persistent import launch
 
-from .registry import Row, benchmark
+from .registry import Case, Findings, Row, benchmark, spread
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -24,11 +25,10 @@ DTYPES = {
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
-NO_GPU: Row = {"status": "no GPU has run this"}
 
 
 @dataclass(frozen=True)
-class Case:
+class Layer:
     """One layer: our class and options, and cuDNN's nearest."""
 
     name: str
@@ -40,12 +40,12 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("lstm", fusedrnn.LSTM, nn.LSTM),
-        Case("lstm_peephole", fusedrnn.LSTM, nn.LSTM, (("peephole", True),)),
-        Case("lstm_layernorm", fusedrnn.LSTM, nn.LSTM, (("layer_norm", True),)),
-        Case("gru", fusedrnn.GRU, nn.GRU),
-        Case("gru_reset_before", fusedrnn.GRU, nn.GRU, (("reset_after", False),)),
-        Case("rnn_tanh", fusedrnn.RNN, nn.RNN),
+        Layer("lstm", fusedrnn.LSTM, nn.LSTM),
+        Layer("lstm_peephole", fusedrnn.LSTM, nn.LSTM, (("peephole", True),)),
+        Layer("lstm_layernorm", fusedrnn.LSTM, nn.LSTM, (("layer_norm", True),)),
+        Layer("gru", fusedrnn.GRU, nn.GRU),
+        Layer("gru_reset_before", fusedrnn.GRU, nn.GRU, (("reset_after", False),)),
+        Layer("rnn_tanh", fusedrnn.RNN, nn.RNN),
     )
 }
 
@@ -56,7 +56,7 @@ def _precision(name: str) -> None:
     torch.backends.cudnn.rnn.fp32_precision = kind
 
 
-def _layers(case: Case, size: int, dtype: torch.dtype, **shape: object) -> tuple[nn.Module, ...]:
+def _layers(case: Layer, size: int, dtype: torch.dtype, **shape: object) -> tuple[nn.Module, ...]:
     torch.manual_seed(0)
     ours = case.ours(size, size, **shape, **dict(case.options), backend="triton")
     theirs = case.theirs(size, size, **shape)
@@ -99,45 +99,67 @@ def _error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
-@benchmark
-def gpu_accuracy() -> Iterator[Row]:
+def _both(*findings: Findings) -> Findings:
+    def both(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+        for finding in findings:
+            yield from finding(rows)
+
+    return both
+
+
+def _accuracy(cell: str, dtype: str, hidden_size: int) -> Iterator[Row]:
+    _precision(dtype)
+    ours, theirs = _layers(CASES[cell], hidden_size, DTYPES[dtype])
+    exact = CASES[cell].theirs(hidden_size, hidden_size).to("cuda", torch.float64)
+    exact.load_state_dict(theirs.state_dict())
+    x = torch.randn(64, 32, hidden_size, device="cuda").to(DTYPES[dtype])
+    results = []
+    for layer in (exact, ours, theirs):
+        y = layer(x.to(next(layer.parameters()).dtype))[0]
+        (grad,) = torch.autograd.grad(y.double().square().sum(), layer.weight_hh_l0)
+        results.append((y.detach().double(), grad.double()))
+    row: Row = {}
+    for index, what in enumerate(("y", "dw_hh")):
+        mine, cudnn = (_error(r[index], results[0][index]) for r in results[1:])
+        row |= {f"{what}_error": f"{mine:.2e}", f"{what}_cudnn": f"{cudnn:.2e}"}
+        row |= {f"{what}_ratio": round(mine / cudnn, 2)}
+    yield row
+
+
+LABEL = ("cell", "dtype", "hidden_size")
+
+
+@benchmark(_both(spread("y_ratio", *LABEL), spread("dw_hh_ratio", *LABEL)), gpu=True)
+def gpu_accuracy() -> Iterator[Case]:
     """Relative errors of output and weight gradient against float64, beside cuDNN's own."""
-    if not torch.cuda.is_available():
-        yield NO_GPU
-        return
-    for cell, name, size in itertools.product(("lstm", "gru"), DTYPES, (64, 512, 1024)):
-        _precision(name)
-        ours, theirs = _layers(CASES[cell], size, DTYPES[name])
-        exact = CASES[cell].theirs(size, size).to("cuda", torch.float64)
-        exact.load_state_dict(theirs.state_dict())
-        x = torch.randn(64, 32, size, device="cuda").to(DTYPES[name])
-        results = []
-        for layer in (exact, ours, theirs):
-            y = layer(x.to(next(layer.parameters()).dtype))[0]
-            (grad,) = torch.autograd.grad(y.double().square().sum(), layer.weight_hh_l0)
-            results.append((y.detach().double(), grad.double()))
-        row: Row = {"cell": cell, "dtype": name, "hidden_size": size}
-        for index, what in enumerate(("y", "dw_hh")):
-            mine, cudnn = (_error(r[index], results[0][index]) for r in results[1:])
-            row |= {f"{what}_error": f"{mine:.2e}", f"{what}_cudnn": f"{cudnn:.2e}"}
-            row |= {f"{what}_ratio": round(mine / cudnn, 2)}
-        yield row
+    for values in itertools.product(("lstm", "gru"), DTYPES, (64, 512, 1024)):
+        yield dict(zip(LABEL, values, strict=True)), partial(_accuracy, *values)
 
 
-@benchmark
-def gpu_barriers() -> Iterator[Row]:
-    """Microseconds per step of the forward loop under each variant of the group barrier."""
-    if not torch.cuda.is_available():
-        yield NO_GPU
-        return
+def _barrier(hidden_size: int, variant: str) -> Iterator[Row]:
     default, steps = launch.BARRIER, 1024
+    launch.BARRIER = variant
+    try:
+        ours, _ = _layers(CASES["lstm"], hidden_size, torch.bfloat16)
+        x = torch.randn(steps, 16, hidden_size, device="cuda", dtype=torch.bfloat16)
+        yield {"us_per_step": round(_microseconds(_forward(ours, x)) / steps, 3)}
+    finally:
+        launch.BARRIER = default
+
+
+def _barriers_by_size(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    for size in dict.fromkeys(row["hidden_size"] for row in rows):
+        times = [
+            f"{row['variant']} {row['us_per_step']}" for row in rows if row["hidden_size"] == size
+        ]
+        yield f"microseconds per step at H {size}: {', '.join(times)}"
+
+
+@benchmark(_barriers_by_size, gpu=True)
+def gpu_barriers() -> Iterator[Case]:
+    """Microseconds per step of the forward loop under each variant of the group barrier."""
     for size, variant in itertools.product((256, 512, 1024), ("atomic", "load", "bounded")):
-        launch.BARRIER = variant
-        ours, _ = _layers(CASES["lstm"], size, torch.bfloat16)
-        x = torch.randn(steps, 16, size, device="cuda", dtype=torch.bfloat16)
-        time = _microseconds(_forward(ours, x)) / steps
-        yield {"variant": variant, "hidden_size": size, "us_per_step": round(time, 3)}
-    launch.BARRIER = default
+        yield {"hidden_size": size, "variant": variant}, partial(_barrier, size, variant)
 
 
 def _speed_grid() -> Iterator[tuple[str, str, int, int, bool]]:
@@ -150,33 +172,34 @@ def _speed_grid() -> Iterator[tuple[str, str, int, int, bool]]:
     yield "lstm", "fp16", 768, 16, False
 
 
-@benchmark
-def gpu_speed() -> Iterator[Row]:
-    """Microseconds per step, input product included: ours, the model, cuDNN's nearest cell."""
-    if not torch.cuda.is_available():
-        yield NO_GPU
-        return
+def _speed(
+    cell: str, dtype: str, hidden_size: int, batch: int, bidirectional: bool
+) -> Iterator[Row]:
+    _precision(dtype)
     steps = 512
-    for cell, name, size, batch, bidirectional in _speed_grid():
-        _precision(name)
-        layers = _layers(CASES[cell], size, DTYPES[name], bidirectional=bidirectional)
-        x = torch.randn(steps, batch, size, device="cuda").to(DTYPES[name]).requires_grad_()
-        forward = [_microseconds(_forward(layer, x)) / steps for layer in layers]
-        training = [_microseconds(_training(layer, x)) / steps for layer in layers]
-        plans = layers[0].plan(x)
-        yield {
-            "cell": cell,
-            "dtype": name,
-            "hidden_size": size,
-            "batch": batch,
-            "bidirectional": bidirectional,
-            "programs": plans[0].programs,
-            "forward_us": round(forward[0], 2),
-            "forward_model_us": round(plans[0].microseconds, 2),
-            "forward_cudnn_us": round(forward[1], 2),
-            "forward_ratio": round(forward[1] / forward[0], 2),
-            "training_us": round(training[0], 2),
-            "training_model_us": round(sum(plan.microseconds for plan in plans), 2),
-            "training_cudnn_us": round(training[1], 2),
-            "training_ratio": round(training[1] / training[0], 2),
-        }
+    layers = _layers(CASES[cell], hidden_size, DTYPES[dtype], bidirectional=bidirectional)
+    x = torch.randn(steps, batch, hidden_size, device="cuda").to(DTYPES[dtype]).requires_grad_()
+    forward = [_microseconds(_forward(layer, x)) / steps for layer in layers]
+    training = [_microseconds(_training(layer, x)) / steps for layer in layers]
+    plans = layers[0].plan(x)
+    yield {
+        "programs": plans[0].programs,
+        "forward_us": round(forward[0], 2),
+        "forward_model_us": round(plans[0].microseconds, 2),
+        "forward_cudnn_us": round(forward[1], 2),
+        "forward_ratio": round(forward[1] / forward[0], 2),
+        "training_us": round(training[0], 2),
+        "training_model_us": round(sum(plan.microseconds for plan in plans), 2),
+        "training_cudnn_us": round(training[1], 2),
+        "training_ratio": round(training[1] / training[0], 2),
+    }
+
+
+SHAPE = (*LABEL, "batch", "bidirectional")
+
+
+@benchmark(_both(spread("forward_ratio", *SHAPE), spread("training_ratio", *SHAPE)), gpu=True)
+def gpu_speed() -> Iterator[Case]:
+    """Microseconds per step, input product included: ours, the model, cuDNN's nearest cell."""
+    for values in _speed_grid():
+        yield dict(zip(SHAPE, values, strict=True)), partial(_speed, *values)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fusedrnn import RecurrentStack
 from fusedrnn.diagnostics import CARRY, gradient_flow
 
-from .registry import Row, environment
+from .registry import Row, environment, read
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = ("rnn_tanh", "lstm", "lstm_peephole", "gru", "gru_reset_before")
@@ -252,14 +252,6 @@ def study(options: argparse.Namespace) -> None:
         for row in train(*run, options):
             print(*run, f"step {row['step']}, loss {row['loss']:.4f}", flush=True)
             append(options.output, row | where)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a result file, none if there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def append(path: Path, row: Row) -> None:

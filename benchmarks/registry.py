@@ -1,38 +1,123 @@
-"""Names of benchmarks, and what they share: interleaved timing and a description of the machine."""
+"""Names of benchmarks, and what they share: timing, findings, a description of the machine."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import importlib.metadata
+import math
 import platform
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parent.parent
 Row = dict[str, object]
-Benchmark = Callable[[], Iterator[Row]]
+Case = tuple[Row, Callable[[], Iterable[Row]]]
+"""The columns that name some rows of the result, and what measures the others of each."""
+Cases = Callable[[], Iterator[Case]]
+Findings = Callable[[Sequence[Mapping[str, str]]], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One table of results.
+
+    Attributes:
+        cases: what to measure; no case takes long before it is measured.
+        findings: the few lines worth reading, from the rows as the file has them.
+        gpu: whether it needs a GPU.
+    """
+
+    cases: Cases
+    findings: Findings
+    gpu: bool = False
+
 
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(run: Benchmark) -> Benchmark:
-    """Register a generator of result rows under its function's name."""
-    BENCHMARKS[run.__name__] = run
-    return run
+def benchmark(findings: Findings, gpu: bool = False) -> Callable[[Cases], Cases]:
+    """Register a generator of cases under its function's name; arguments as in `Benchmark`."""
+
+    def register(cases: Cases) -> Cases:
+        BENCHMARKS[cases.__name__] = Benchmark(cases, findings, gpu)
+        return cases
+
+    return register
+
+
+def spread(column: str, *label: str) -> Findings:
+    """Say of a column of ratios its ends and its geometric mean.
+
+    Args:
+        column: its name. The rows of baselines, which are 1, do not count; NaN is an upper end.
+        label: columns that name a row.
+    """
+
+    def key(row: Mapping[str, str]) -> tuple[bool, float]:
+        value = float(row[column])
+        return math.isnan(value), value
+
+    def say(row: Mapping[str, str]) -> str:
+        return f"{row[column]} ({', '.join(f'{name} {row[name]}' for name in label)})"
+
+    def findings(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+        ranked = sorted((r for r in rows if r.get("baseline", "") != r.get("name")), key=key)
+        if ranked:
+            logs = [math.log(v) if (v := float(r[column])) else -math.inf for r in ranked]
+            mean = math.exp(statistics.fmean(logs))
+            ends = f"{say(ranked[0])} to {say(ranked[-1])}"
+            yield f"{column} {ends}, geometric mean {mean:.2f} of {len(ranked)}"
+
+    return findings
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file, none if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def environment() -> Row:
-    """What a result depends on besides the code: processor or GPU, threads, torch, commit."""
+    """What a result depends on: processor or GPU, threads, versions, and the code.
+
+    The code is named by its commit; with changes, or without git, by a digest of the sources too.
+    """
     gpu = torch.cuda.is_available()
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
     return {
         "machine": torch.cuda.get_device_name() if gpu else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "triton": _version("triton"),
+        "commit": commit if commit and not changed else f"{commit}+{_digest()}",
     }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _digest() -> str:
+    """Of the modules that a result may depend on."""
+    digest = hashlib.sha256()
+    for package in ("kernels", "fusedrnn", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:7]
 
 
 def _processor() -> str:
@@ -42,8 +127,10 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
 
 import fusedrnn
 
-from .registry import Row, benchmark, interleave
+from .registry import Case, benchmark, interleave, spread
 
 SIZES = (128, 256, 512, 1024)
 STEPS, ROUNDS = 20, 41
@@ -38,8 +39,8 @@ def _stream(layer: fusedrnn.LSTM | fusedrnn.GRU, size: int) -> Callable[[], None
     return run
 
 
-@benchmark
-def streaming() -> Iterator[Row]:
+@benchmark(spread("ratio", "name", "hidden_size"))
+def streaming() -> Iterator[Case]:
     """Compare 20 steps of each layer with those of the nearest cell of torch.nn."""
     torch.manual_seed(0)
     for size in SIZES:
@@ -57,5 +58,5 @@ def streaming() -> Iterator[Row]:
                 "GRU reset_before": _stream(fusedrnn.GRU(*both, reset_after=False), size),
             },
         ):
-            for row in interleave(candidates, ROUNDS):
-                yield {"hidden_size": size, **row}
+            key = {"hidden_size": size, "baseline": next(iter(candidates))}
+            yield key, partial(interleave, candidates, ROUNDS)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kernels
@@ -39,6 +37,8 @@ def save(module: nn.Module, folder: str | Path) -> None:
     Raises:
         TypeError: the module is of another class.
     """
+    from safetensors.torch import save_file
+
     name = type(module).__name__
     if CLASSES.get(name) is not type(module):
         raise TypeError(f"module must be one of {', '.join(CLASSES)}, got {name}")
@@ -73,6 +73,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         ValueError: a file is damaged, of another program or of a later version, or the weights do
             not fit the configuration; the message names the file.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     path, weights_path = folder / CONFIGURATION, folder / WEIGHTS
     for file in (path, weights_path):
