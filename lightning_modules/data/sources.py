@@ -46,9 +46,10 @@ def load_rows(
     """Loads rows with named columns from a local table or from the Hugging Face hub.
 
     Args:
-        source: a `.tsv`, `.csv`, `.json`, `.jsonl` or `.parquet` file, or the name of a dataset on
-            the hub. Cells of a table are text, taken as they stand: NA and null are words, and
-            quotes in a `.tsv` are characters.
+        source: a `.tsv`, `.csv`, `.json`, `.jsonl` or `.parquet` file, a tab-separated one of any
+            other suffix where `column_names` are given, or the name of a dataset on the hub. Cells
+            of a table are text, taken as they stand: NA and null are words, and quotes in a `.tsv`
+            are characters.
         split: the split to take of a dataset of the hub (slices such as `train[:90%]` too); a file
             is one split.
         config: the configuration of a dataset of the hub, such as a language pair.
@@ -64,7 +65,9 @@ def load_rows(
     local = suffix in _TABLES or suffix in _BUILDERS
     if local and not path.is_file():
         raise FileNotFoundError(f"{source}: no such file")
-    if suffix in _TABLES:
+    if column_names is not None and path.is_file() and not local:
+        rows = _load_table(path, "\t", column_names)
+    elif suffix in _TABLES:
         rows = _load_table(path, _TABLES[suffix], column_names)
     elif path.is_file():
         rows = _load(source, _BUILDERS.get(suffix), data_files=str(path), split="train")

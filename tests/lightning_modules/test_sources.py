@@ -67,6 +67,12 @@ def test_parquet(tmp_path):
     assert column(load_rows(path), "tokens", path) == [["a", "b"], ["c"]]
 
 
+def test_other_suffixes_are_tables_where_their_columns_are_named(file):
+    path = file("g014b2b.train", "AAA\tT R\nAB\tAE B\n")
+    rows = load_rows(path, column_names=["word", "sound"])
+    assert column(rows, "sound", path) == ["T R", "AE B"]
+
+
 def test_wrong_column_names_the_columns(file):
     path = file("t.tsv", "word\tsound\na\tb\n")
     with pytest.raises(ValueError, match=r"t\.tsv: no column 'text'; its columns are word, sound"):

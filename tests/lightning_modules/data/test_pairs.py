@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import sys
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_modules.data import pairs as module
+from lightning_modules.data import subwords
 from lightning_modules.data.pairs import PairCodec, PairData, Symbols, read_cmudict
 
 PAIRS = [("ab a", "x y"), ("b", "y"), ("ca", "x z"), ("NA", "NULL")]
@@ -74,6 +76,56 @@ def test_codec_survives_json():
     assert again.to_dict() == c.to_dict()
     assert again.encode_source("A|b") == c.encode_source("A|b")
     assert again.target_symbols == c.target_symbols
+
+
+WORDS = "the cat sat on the mat, the cats sat on the mats. thé"
+
+
+@given(text=st.text().filter(lambda text: subwords.SPACE not in text))
+def test_subwords_lose_nothing(text):
+    symbols = Symbols("subwords", model=subwords.learn([WORDS], 40))
+    cut = symbols.split(text)
+    assert "" not in cut
+    assert symbols.join(cut) == " ".join(text.split())
+    assert symbols.split(symbols.join(cut)) == cut
+
+
+def test_subwords_are_the_most_frequent_pieces():
+    symbols = Symbols("subwords").learn([WORDS] * 3, 40)
+    assert symbols.split("the cats, sat") == ["▁the", "▁cats", ",", "▁sat"]
+    assert symbols.split("tac") == ["▁", "t", "a", "c"]
+    assert symbols.learn(["other"], 10) is symbols
+    assert Symbols("words").learn([WORDS], 40) == Symbols("words")
+
+
+def test_subwords_travel_with_the_codec():
+    pairs = [("The cat", "sat on"), ("the mat", "the cat")]
+    sides = Symbols("subwords", lowercase=True), Symbols("subwords", lowercase=True)
+    own = PairCodec.from_pairs(pairs, *sides, subword_count=30)
+    shared = PairCodec.from_pairs(pairs, *sides, subword_count=30, shared_subwords=True)
+    assert own.source_symbols.model != own.target_symbols.model
+    assert shared.source_symbols.model == shared.target_symbols.model
+    again = PairCodec.from_dict(json.loads(json.dumps(own.to_dict())))
+    assert again.to_dict() == own.to_dict()
+    assert again.encode_target("The CAT zat") == own.encode_target("the cat zat")
+    assert own.target.unk in own.encode_target("zat")
+
+
+def test_codec_of_an_earlier_version_reads_and_writes_the_same():
+    plain = {"kind": "words", "separator": " ", "lowercase": False}
+    stored = {
+        "source": ["<pad>", "<unk>", "a"],
+        "target": ["<pad>", "<unk>", "<bos>", "<eos>", "b"],
+        "source_symbols": plain,
+        "target_symbols": plain,
+    }
+    assert PairCodec.from_dict(stored).to_dict() == stored
+
+
+def test_subwords_without_the_library_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"pip install 'fusedrnn\[subwords\]'"):
+        Symbols("subwords").learn([WORDS], 40)
 
 
 def jsonl(path, pairs):
@@ -182,6 +234,15 @@ def test_held_out_splits_keep_a_source_together(tmp_path):
     assert len(tested.pairs("train")) == 600 - len(parts["val"])
 
 
+def test_less_can_be_held_out(tmp_path):
+    pairs = [(f"w{number}", "x") for number in range(4000)]
+    path = table(tmp_path / "t.tsv", pairs)
+    val = {p: PairData(train=path, held_out=p).pairs("val") for p in (5, 2.5)}
+    assert len(val[5]) == pytest.approx(200, abs=40)
+    assert len(val[2.5]) == pytest.approx(100, abs=30)
+    assert set(val[2.5]) < set(val[5])
+
+
 def test_vocabulary_comes_from_training_alone(tmp_path):
     data = PairData(
         train=table(tmp_path / "train.tsv"),
@@ -255,7 +316,23 @@ def parallel(tmp_path, sources, targets):
         (lambda d: PairData(train="x", max_tokens=-1), "max_tokens: expected a positive number"),
         (lambda d: PairData(train="x", num_workers=-1), "num_workers: expected 0 or more, got -1"),
         (lambda d: PairData(train="x", min_count=0), "min_count: expected at least 1, got 0"),
-        (lambda d: PairData(train="x", source_symbols="bytes"), "expected characters, words or"),
+        (
+            lambda d: PairData(train="x", source_symbols="bytes"),
+            "expected one of characters, words",
+        ),
+        (lambda d: PairData(train="x", subword_count=0), "subword_count: expected at least 1"),
+        (lambda d: PairData(train="x", held_out=6), "held_out: expected more than 0"),
+        (lambda d: PairData(train="x", shared_subwords=True), "to be subwords, got words and"),
+        (
+            lambda d: PairData(
+                train="x",
+                source_symbols="subwords",
+                target_symbols="subwords",
+                source_lowercase=True,
+                shared_subwords=True,
+            ),
+            "both sides lower-cased, or neither",
+        ),
         (
             lambda d: PairData(train="x", target_symbols="separated", target_separator=""),
             "separated symbols need one",
@@ -298,6 +375,10 @@ def parallel(tmp_path, sources, targets):
         "num-workers",
         "min-count",
         "symbols",
+        "subword-count",
+        "held-out",
+        "shared-kinds",
+        "shared-case",
         "separator",
         "column",
         "ragged",
