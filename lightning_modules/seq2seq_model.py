@@ -1,7 +1,8 @@
 """Encoder, bridge and attention decoder as a plain `torch.nn.Module`.
 
-Dimensions: B batch, S source length, T target length, E embedding size, F output features,
-K symbols of the target vocabulary, D directions, H hidden size.
+Either side may be symbols or vectors of features: text to text, speech or video to text, series to
+series. Dimensions: B batch, S source length, T target length, E embedding size, F output features,
+K symbols of the target vocabulary (or numbers predicted at each step), D directions, H hidden size.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import RecurrentStack
-from fusedrnn.attention import build_attention
+from fusedrnn.attention import build_attention, valid_positions
 
-__all__ = ["Bridge", "DecoderState", "EncodedSource", "Seq2SeqModel"]
+__all__ = ["Bridge", "DecoderState", "EncodedSource", "FrameEmbedding", "Seq2SeqModel"]
 
 LayerState = Tensor | tuple[Tensor, Tensor]
 
@@ -133,6 +134,43 @@ def _join(state: Tensor) -> Tensor:
     return state.transpose(0, 1).flatten(1)[None]
 
 
+class FrameEmbedding(nn.Module):
+    """Make vectors of equal size from frames of features, one of every few frames.
+
+    Neighbouring frames are put side by side before the projection, which makes a long recording
+    short for the recurrent layers (as in Sak et al., Fast and Accurate Recurrent Neural Network
+    Acoustic Models, 2015)::
+
+        e_j = W [x_{kj}; x_{kj + 1}; ...; x_{kj + k - 1}] + b
+
+    Args:
+        features: numbers in a frame.
+        size: E, of the result.
+        stride: k, frames that are put together.
+    """
+
+    def __init__(self, features: int, size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.linear = nn.Linear(stride * features, size)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed frames.
+
+        Args:
+            frames: [B, S, features]; finite values past the lengths change nothing.
+            lengths: int64 [B], at least 1.
+
+        Returns:
+            [B, ceil(S / k), E], and the lengths int64 [B] in those units.
+        """
+        inside = valid_positions(lengths, frames.shape[1])
+        frames = frames.masked_fill(~inside[..., None], 0.0)
+        frames = nn.functional.pad(frames, (0, 0, 0, -frames.shape[1] % self.stride))
+        stacked = frames.unflatten(1, (-1, self.stride)).flatten(2)
+        return self.linear(stacked), (lengths + self.stride - 1) // self.stride
+
+
 class Seq2SeqModel(nn.Module):
     """Recurrent encoder-decoder with optional attention (Luong 2015, Bahdanau 2014).
 
@@ -147,9 +185,13 @@ class Seq2SeqModel(nn.Module):
     Without feedback of the attention into the cell, teacher forcing is one call of the decoder over
     all T steps and one batched attention.
 
+    With `source_features` the source is frames of features instead of symbols. With
+    `target_features` the model predicts numbers, `y_t = W a_t + b`, and the decoder is fed
+    `target_inputs` given numbers at each step; `regress` feeds it its own results as well.
+
     Args:
-        source_size: number of source symbols; 0 is padding.
-        target_size: K, number of target symbols; 0 is padding.
+        source_size: number of source symbols, 0 being padding; 0 where the source is features.
+        target_size: K, number of target symbols, 0 being padding; 0 where numbers are predicted.
         embedding_size: E, of both sides.
         encoder_sizes: hidden size of each encoder layer, per direction.
         decoder_sizes: hidden size of each decoder layer.
@@ -161,6 +203,10 @@ class Seq2SeqModel(nn.Module):
             features then have the embeddings' size.
         dropout: probability, on embeddings, between layers and before the output.
         backend: of the recurrent layers; see `fusedrnn.LSTM`.
+        source_features: numbers in a frame of the source.
+        source_stride: frames that become one step of the encoder.
+        target_features: K, numbers predicted at each step.
+        target_inputs: numbers that the decoder is fed at each step.
 
     Raises:
         ValueError: an argument is out of range, or two of them exclude each other.
@@ -180,12 +226,29 @@ class Seq2SeqModel(nn.Module):
         tied_embeddings: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
+        source_features: int = 0,
+        source_stride: int = 1,
+        target_features: int = 0,
+        target_inputs: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {"source_size": source_size, "target_size": target_size}
-        for name, size in {**sizes, "embedding_size": embedding_size}.items():
+        for side, size, features in (
+            ("source", source_size, source_features),
+            ("target", target_size, target_features),
+        ):
+            if min(size, features) < 0 or (size > 0) == (features > 0):
+                raise ValueError(
+                    f"expected one of {side}_size and {side}_features to be at least 1 and the "
+                    f"other 0, got {size} and {features}"
+                )
+        counts = {"embedding_size": embedding_size, "source_stride": source_stride}
+        if target_features:
+            counts["target_inputs"] = target_inputs
+        for name, size in counts.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if tied_embeddings and target_features:
+            raise ValueError("tied_embeddings needs symbols as its target, not features")
         for name, layers in {
             "encoder_sizes": encoder_sizes,
             "decoder_sizes": decoder_sizes,
@@ -213,7 +276,11 @@ class Seq2SeqModel(nn.Module):
             "backend": backend,
         }
 
-        self.source_embedding = nn.Embedding(source_size, embedding_size, padding_idx=0)
+        self.source_embedding = (
+            FrameEmbedding(source_features, embedding_size, source_stride)
+            if source_features
+            else nn.Embedding(source_size, embedding_size, padding_idx=0)
+        )
         self.encoder = RecurrentStack(
             embedding_size, list(encoder_sizes), bidirectional=bidirectional, **options
         )
@@ -221,13 +288,17 @@ class Seq2SeqModel(nn.Module):
         joined = [directions * size for size in encoder_sizes]
         self.bridge = Bridge(joined, decoder_sizes, has_cell=cell.startswith("lstm"))
 
-        self.target_embedding = nn.Embedding(target_size, embedding_size, padding_idx=0)
+        self.target_embedding = (
+            nn.Linear(target_inputs, embedding_size)
+            if target_features
+            else nn.Embedding(target_size, embedding_size, padding_idx=0)
+        )
         fed = features if input_feeding else 0
         self.decoder = RecurrentStack(embedding_size + fed, list(decoder_sizes), **options)
         self.attention = build_attention(attention, query_size, joined[-1])
         if self.attention is not None:
             self.combine = nn.Linear(joined[-1] + query_size, features, bias=False)
-        self.output = nn.Linear(features, target_size)
+        self.output = nn.Linear(features, target_features or target_size)
         if tied_embeddings:
             nn.init.normal_(self.target_embedding.weight, std=embedding_size**-0.5)
             self.output.weight = self.target_embedding.weight
@@ -236,14 +307,17 @@ class Seq2SeqModel(nn.Module):
         """Read the source.
 
         Args:
-            source: int64 [B, S], symbol numbers, 0 past the lengths.
+            source: int64 [B, S], symbol numbers, 0 past the lengths; or frames [B, S, features].
             lengths: int64 [B], at least 1, on the device of `source`.
 
         Returns:
             The state from which decoding starts.
         """
-        embedded = self.dropout(self.source_embedding(source))
-        keys, states = self.encoder(embedded, lengths=lengths)
+        if isinstance(self.source_embedding, FrameEmbedding):
+            embedded, lengths = self.source_embedding(source, lengths)
+        else:
+            embedded = self.source_embedding(source)
+        keys, states = self.encoder(self.dropout(embedded), lengths=lengths)
         projected = None if self.attention is None else self.attention.project(keys)
         feed = keys.new_zeros(len(source), self.features_size) if self.input_feeding else None
         return DecoderState(EncodedSource(keys, projected, lengths), self.bridge(states), feed)
@@ -258,16 +332,17 @@ class Seq2SeqModel(nn.Module):
         """Predict each target symbol from those before it.
 
         Args:
-            source: int64 [B, S].
+            source: int64 [B, S], or frames [B, S, features].
             source_lengths: int64 [B], at least 1.
-            target: int64 [B, T], the symbols fed to the decoder, the begin symbol first.
+            target: int64 [B, T], the symbols fed to the decoder, the begin symbol first; or, where
+                numbers are predicted, [B, T, target_inputs].
             sampling_probability: for each symbol after the first, the probability that the decoder
                 is fed a sample of its own prediction in place of `target` (scheduled sampling,
-                Bengio et al. 2015). Above zero, decoding goes step by step.
+                Bengio et al. 2015). Above zero, decoding goes step by step; symbols only.
 
         Returns:
-            logits [B, T, K], step t predicting the symbol after `target[:, t]`, and the attention
-            weights [B, T, S], None without attention.
+            logits [B, T, K], step t predicting the symbol after `target[:, t]` (or the K numbers of
+            step t), and the attention weights [B, T, S], None without attention.
         """
         state = self.encode(source, source_lengths)
         if self.input_feeding or sampling_probability > 0:
@@ -276,6 +351,30 @@ class Seq2SeqModel(nn.Module):
             outputs, _ = self.decoder(self.dropout(self.target_embedding(target)), state.layers)
             features, weights = self._attend(outputs, state.source)
         return self.output(features), weights
+
+    def regress(
+        self, source: Tensor, source_lengths: Tensor, inputs: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict numbers step by step, feeding each prediction back, in training as in use.
+
+        Args:
+            source: int64 [B, S], or frames [B, S, features].
+            source_lengths: int64 [B], at least 1.
+            inputs: [B, T, target_inputs - K], given numbers of each step.
+            first: [B, K], what stands in for the prediction before the first.
+
+        Returns:
+            Predictions [B, T, K] and attention weights [B, T, S], None without attention.
+        """
+        state = self.encode(source, source_lengths)
+        previous, outputs, weights = first, [], []
+        for given in inputs.unbind(1):
+            features, state, weight = self._advance(torch.cat([given, previous], -1), state)
+            previous = self.output(features)
+            outputs.append(previous)
+            if weight is not None:
+                weights.append(weight)
+        return torch.stack(outputs, 1), torch.stack(weights, 1) if weights else None
 
     def step(self, symbols: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Advance every row by one symbol.
