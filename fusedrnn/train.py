@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-import lightning_modules.callbacks
 import lightning_modules.data
 from lightning_modules.base import CheckpointError, Task, read_checkpoint
+from lightning_modules.callbacks import LastCheckpoint
 from lightning_modules.loggers import RunLogger
 
 CONFIGS = Path(lightning_modules.__file__).parent / "configs"
@@ -127,7 +127,8 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
         The CLI, with its `trainer`, `model` and `datamodule`; None after `predict`.
 
     Raises:
-        SystemExit: with code 2 after a line on stderr, when the input is wrong.
+        SystemExit: with code 2 after a line on stderr, when the input is wrong; with 128 and the
+            number of the signal that ended a training run.
     """
     args = sys.argv[1:] if args is None else args
     _quieten()
@@ -156,6 +157,9 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
     for logger in cli.trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.close()
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, LastCheckpoint) and callback.received is not None:
+            raise SystemExit(128 + callback.received)  # as the shell says of what a signal ended
     return cli
 
 
@@ -318,9 +322,10 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _raised_by_data(error: Exception) -> bool:
-    """Returns whether a data module was at work, so that the input is to blame."""
+    """Returns whether data were at work, so that the input is to blame."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(isinstance(f.f_locals.get("self"), L.LightningDataModule) for f in frames)
+    sources = (L.LightningDataModule, lightning_modules.data.ResumableLoader)
+    return any(isinstance(f.f_locals.get("self"), sources) for f in frames)
 
 
 def _inner(error: Exception) -> Exception:

@@ -1,5 +1,6 @@
 """What every task shares: optimizer, checkpoint, and the road from raw text to results."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
@@ -74,8 +75,8 @@ class Task(L.LightningModule):
     `load_from_checkpoint` needs neither the training data nor a configuration. It does not use
     `save_hyperparameters`, so a configuration given on resuming is the one that counts.
 
-    Every epoch draws its random numbers (dropout, sampling) from the seed, the epoch and the rank,
-    so that a run that is resumed at the end of an epoch continues exactly.
+    Every batch draws its random numbers (dropout, sampling) from the seed, the epoch, its place in
+    the epoch and the rank, so that a run continues exactly wherever it is resumed.
 
     Args:
         codec: turns text into model input and model output into text.
@@ -133,17 +134,14 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        """Remembers the seed that the epochs draw from."""
+        """Remembers the seed that the batches draw from."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes the random numbers of an epoch depend on nothing that came before it."""
-        if (
-            batch_idx == 0
-        ):  # Lightning has no on_train_epoch_start in the first epoch after a resume
-            seed = self.seed or 0
-            torch.manual_seed(seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
+        """Makes the random numbers of a batch depend on nothing that came before it."""
+        place = f"{self.seed or 0}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:4]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_from_checkpoint` needs."""

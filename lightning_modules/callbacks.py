@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,17 @@ from lightning_modules.reporting import log_figure
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second`: over the steps since the last log, summed over the processes.
+    """Logs `train/tokens_per_second`, summed over the processes, and `train/input_wait`.
 
-    Time spent outside training steps and loading, such as in validation, does not count. Batches
-    say how many tokens they hold in `num_tokens`, padding not included.
+    The latter is the share of time between steps, in which a batch is made and moved to the device:
+    the largest of all processes. Both are over the steps since the last log. Time spent outside
+    training steps and loading, such as in validation, does not count. Batches say how many tokens
+    they hold in `num_tokens`, padding not included.
     """
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         self._since: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -41,6 +45,13 @@ class Throughput(Callback):
         """Starts the clock again."""
         self._since = time.perf_counter()
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the time that the batch was waited for."""
+        if self._since is not None:
+            self._waited += time.perf_counter() - self._since
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -54,11 +65,15 @@ class Throughput(Callback):
         self._since = time.perf_counter()
         self._tokens += int(batch.num_tokens)
         if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
-            rate = self._tokens / max(self._seconds, 1e-9)
-            pl_module.log(
-                "train/tokens_per_second", rate, reduce_fx="sum", sync_dist=True, batch_size=1
-            )
-            self._tokens, self._seconds = 0, 0.0
+            seconds = max(self._seconds, 1e-9)
+            for name, value, reduce in (
+                ("tokens_per_second", self._tokens / seconds, "sum"),
+                ("input_wait", self._waited / seconds, "max"),
+            ):
+                pl_module.log(
+                    f"train/{name}", value, reduce_fx=reduce, sync_dist=True, batch_size=1
+                )
+            self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
 
     def _stop(self) -> None:
         if self._since is not None:
@@ -197,6 +212,75 @@ class BestCheckpoint(ModelCheckpoint):
                 "best_k_models": {path: score},
             }
         )
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest state as `last.ckpt`, and lets a run be stopped anywhere.
+
+    It is written at the end of every epoch; and in the middle of one where the run ends there:
+    because of `max_steps` or `max_time`, or because a signal (SIGTERM, or SIGINT as by Ctrl-C) asks
+    it to, in which case the run ends after its current batch. `fit --ckpt_path` goes on with the
+    next batch. A second signal ends the run at once.
+
+    Args:
+        filename: name of the file, without `.ckpt`.
+
+    Attributes:
+        received: the signal that ended the run; None without.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, filename: str = "last") -> None:
+        super().__init__(filename=filename, save_top_k=1, enable_version_counter=False)
+        self.received: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the signals, where that is possible: in a main thread."""
+        super().on_train_start(trainer, pl_module)
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = number
+        self._release()
+
+    def _release(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Ends the run where it is asked to, and writes the checkpoint where it ends."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            trainer.should_stop = True
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends and not trainer.is_last_batch and not trainer.fast_dev_run:
+            path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+            self._save_checkpoint(trainer, path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the signals back."""
+        super().on_train_end(trainer, pl_module)
+        self._release()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the signals back."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
 
 
 @rank_zero_only

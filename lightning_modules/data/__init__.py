@@ -1,6 +1,6 @@
 """Vocabularies, batches, readers and data modules."""
 
-from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader, lengths, pad
 from lightning_modules.data.pairs import PairBatch, PairCodec, PairData, Symbols
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.tagging import TaggingBatch, TaggingCodec, TaggingData
@@ -11,6 +11,7 @@ __all__ = [
     "PairBatch",
     "PairCodec",
     "PairData",
+    "ResumableLoader",
     "Symbols",
     "TaggingBatch",
     "TaggingCodec",

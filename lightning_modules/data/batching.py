@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 EVALUATION_BATCHES = 8
 """A split for evaluation is cut into at least this many batches, so that its batches, and with them
@@ -40,6 +41,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Attributes:
         num_batches: batches of one epoch over all processes.
+        skip: batches that the next iteration leaves out, because a resumed run has trained on them.
 
     Raises:
         ValueError: no sequences, or neither or a non-positive one of `batch_size` and `max_tokens`
@@ -61,6 +63,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self.skip = 0
         self.sampler = self  # where Lightning looks for set_epoch
 
         self._lengths = torch.as_tensor(lengths, dtype=torch.int64)
@@ -88,7 +91,37 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration takes."""
+        if epoch != self.epoch:
+            self.skip = 0
         self.epoch = epoch
+
+    def state_dict(self, batches: int) -> dict[str, int]:
+        """Returns where a run stands, as plain data.
+
+        Args:
+            batches: batches of this epoch that each process has had.
+        """
+        return {"epoch": self.epoch, "batches": batches, "steps": len(self), "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration give the batches that the stopped run had not had.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: that run was in the middle of an epoch of other batches.
+        """
+        ours = self.state_dict(state["batches"])
+        if 0 < state["batches"] < state["steps"]:
+            for name in ("steps", "seed"):
+                if state[name] != ours[name]:
+                    raise ValueError(
+                        f"the checkpoint was written after batch {state['batches']} of an epoch "
+                        f"with {name} = {state[name]}, this run has {ours[name]}: give the same "
+                        "data, limits, seed and number of processes"
+                    )
+        self.epoch, self.skip = state["epoch"], state["batches"]
 
     def __len__(self) -> int:
         rank, world = _world()
@@ -112,9 +145,38 @@ class BucketBatchSampler(Sampler[list[int]]):
         order = self._order(generator).tolist()
         steps = [self._cuts[i : i + world] for i in range(0, self.num_batches, world)]
         steps[-1] = (steps[-1] + self._cuts * world)[:world]
-        for step in torch.randperm(len(steps), generator=generator).tolist():
+        skip, self.skip = self.skip, 0
+        for step in torch.randperm(len(steps), generator=generator).tolist()[skip:]:
             start, end = steps[step][rank]
             yield order[start:end]
+
+
+class ResumableLoader(DataLoader):
+    """A `DataLoader` over a `BucketBatchSampler` that goes on where a stopped run was.
+
+    Lightning stores its state in every checkpoint. The order is chosen when the first batch is
+    asked for, so that `set_epoch` is in time for worker processes too.
+    """
+
+    _batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._batches = self._buckets.skip
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    @property
+    def _buckets(self) -> BucketBatchSampler:
+        return cast(BucketBatchSampler, self.batch_sampler)
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the epoch and how many of its batches have been taken, as plain data."""
+        return self._buckets.state_dict(self._batches)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self._buckets.load_state_dict(state)
 
 
 def check_limits(batch_size: int | None, max_tokens: int | None, num_workers: int = 0) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.data import subwords
 from lightning_modules.data.batching import (
     BucketBatchSampler,
+    ResumableLoader,
     check_limits,
     lengths,
     pad,
@@ -443,7 +444,7 @@ class PairData(L.LightningDataModule):
         sampler = BucketBatchSampler(
             sizes, self.batch_size, self.max_tokens, shuffle=shuffle, seed=self.seed
         )
-        return DataLoader(
+        return (ResumableLoader if shuffle else DataLoader)(
             rows,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=_collate,

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fusedrnn.crf import PREFIXES
-from lightning_modules.data.batching import BucketBatchSampler, check_limits, lengths, pad
+from lightning_modules.data.batching import (
+    BucketBatchSampler,
+    ResumableLoader,
+    check_limits,
+    lengths,
+    pad,
+)
 from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
 from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
@@ -459,7 +465,7 @@ class TaggingData(L.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
         )
-        return DataLoader(
+        return (ResumableLoader if shuffle else DataLoader)(
             rows,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=self.codec.batch,

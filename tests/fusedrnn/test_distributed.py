@@ -3,13 +3,16 @@
 import csv
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedrnn.train import main
+from lightning_modules import Tagger
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,8 +37,7 @@ COMMON = [
     "--trainer.enable_model_summary=false",
     "--trainer.logger=CSVLogger",
     "--trainer.logger.save_dir=runs",
-    "--trainer.callbacks=ModelCheckpoint",
-    "--trainer.callbacks.filename=last",
+    "--trainer.callbacks=LastCheckpoint",
 ]
 
 
@@ -115,3 +117,74 @@ def test_resuming_continues_exactly(here, task):
     whole = [row for row in metrics(0) if row["epoch"] == "1"]
     assert whole == metrics(2)
     assert sum("train/loss" in row for row in whole) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "devices", "workers"),
+    [("tagger", 1, 0), ("tagger", 1, 1), ("tagger", 2, 0), ("seq2seq", 1, 0), ("seq2seq", 2, 0)],
+)
+def test_a_run_stopped_in_the_middle_of_an_epoch_continues_exactly(here, task, workers, devices):
+    fit = [*command("fit", task, devices), f"--data.num_workers={workers}"]
+    main(fit)
+    steps = 6 // devices
+    main([*fit, f"--trainer.max_steps={steps + 2}"])  # two batches into the second epoch
+    last = "runs/lightning_logs/version_{}/checkpoints/last.ckpt".format
+    main([*fit, "--ckpt_path", last(1)])
+    whole, resumed = (torch.load(last(n), weights_only=True) for n in (0, 2))
+    assert whole["global_step"] == resumed["global_step"] == 2 * steps
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    lost = {"train/loss", "step", "epoch"}
+    trained = [row for row in metrics(0) if "train/loss" in row][steps + 2 :]
+    again = [row for row in metrics(2) if "train/loss" in row]
+    assert [{k: row[k] for k in lost} for row in trained] == [
+        {k: row[k] for k in lost} for row in again
+    ]
+    assert len(again) == steps - 2
+    assert metrics(0)[-1] == metrics(2)[-1]  # of the validation
+
+
+def test_other_batches_than_those_of_the_stopped_run_are_refused(here, capsys):
+    main([*command("fit", "tagger", 1), "--trainer.max_steps=2"])
+    last = "runs/lightning_logs/version_0/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit):
+        main([*command("fit", "tagger", 1), "--data.batch_size=3", "--ckpt_path", last])
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "error: the checkpoint was written after batch 2 of an epoch with steps = 6, "
+            "this run has 7"
+        )
+    )
+
+
+@pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_a_run_after_its_batch(here, monkeypatch, number, devices, rank):
+    """Also where only one of two processes gets it."""
+    fit = command("fit", "tagger", devices)
+    main(fit)
+    step = Tagger.training_step
+
+    def interrupted(self, batch, index):
+        if self.global_step == 1 and self.global_rank == rank:
+            os.kill(os.getpid(), number)
+        return step(self, batch, index)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tagger, "training_step", interrupted)
+        if devices > 1:  # the training is in forked processes, which this one does not see end
+            main(fit)
+        else:
+            with pytest.raises(SystemExit) as caught:
+                main(fit)
+            assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == handler
+    assert sum("train/loss" in row for row in metrics(1)) == 2
+    last = "runs/lightning_logs/version_{}/checkpoints/last.ckpt".format
+    main([*fit, "--ckpt_path", last(1)])
+    whole, resumed = (torch.load(last(n), weights_only=True) for n in (0, 2))
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name

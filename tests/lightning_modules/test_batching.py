@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_modules.data import batching
-from lightning_modules.data.batching import BucketBatchSampler, lengths, pad
+from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader, lengths, pad
 
 sizes = st.lists(st.integers(0, 60), min_size=1, max_size=80)
 limits = st.sampled_from([(4, None), (None, 50), (3, 40), (1, None), (100, 1)])
@@ -78,6 +78,50 @@ def test_batches_hold_like_lengths():
     batches = list(BucketBatchSampler(tokens, batch_size=20, shuffle=True))
     padded = sum(len(batch) * max(tokens[i] for i in batch) for batch in batches)
     assert padded < 1.1 * sum(tokens)
+
+
+def rows_of(batches):
+    return [row for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@given(st.integers(0, 9), st.integers(0, 3))
+@settings(max_examples=8, deadline=None)
+def test_a_loader_goes_on_where_another_stopped(workers, taken, epoch):
+    def make():
+        sampler = BucketBatchSampler([3] * 40, batch_size=4, shuffle=True)
+        return ResumableLoader(
+            range(40), batch_sampler=sampler, num_workers=workers, collate_fn=list
+        )
+
+    stopped, resumed = make(), make()
+    stopped.batch_sampler.set_epoch(epoch)
+    whole = list(stopped)
+    batches = iter(stopped)
+    seen = [next(batches) for _ in range(taken)]
+    state = stopped.state_dict() if taken else make().state_dict() | {"epoch": epoch}
+    resumed.load_state_dict(state)
+    waiting = iter(resumed)  # Lightning asks for the iterator before it sets the epoch
+    resumed.batch_sampler.set_epoch(epoch)
+    assert seen + list(waiting) == whole
+    assert resumed.state_dict()["batches"] == len(whole)
+    assert list(resumed) == whole  # the next time all of them
+    resumed.load_state_dict(state)
+    resumed.batch_sampler.set_epoch(epoch + 1)
+    assert sorted(rows_of(resumed)) == list(range(40))
+
+
+def test_a_state_of_other_batches_is_refused():
+    def sampler(size=4, seed=0):
+        return BucketBatchSampler([3] * 40, batch_size=size, shuffle=True, seed=seed)
+
+    state = sampler().state_dict(3)
+    with pytest.raises(ValueError, match="with steps = 10, this run has 8"):
+        sampler(5).load_state_dict(state)
+    with pytest.raises(ValueError, match="with seed = 0, this run has 1"):
+        sampler(seed=1).load_state_dict(state)
+    for batches in (0, 10):  # at the end of an epoch anything may change
+        sampler(5).load_state_dict(sampler().state_dict(batches))
 
 
 def test_drop_last_leaves_out_the_batch_that_is_not_full():

@@ -68,6 +68,20 @@ def test_throughput_counts_training_alone(tmp_path, clock, every):
     assert rates == pytest.approx([10.0] * (15 // every))
 
 
+def test_input_wait_is_the_share_of_making_batches(tmp_path, clock):
+    class Slow(ToyData):
+        def collate(self, sentences):
+            batch = super().collate(sentences)
+            clock.now += batch.num_tokens / 30
+            return batch
+
+    model = Timed(Slow().codec)
+    model.clock = clock
+    trainer(tmp_path, Throughput(), max_epochs=3, log_every_n_steps=2).fit(model, Slow())
+    shares = metrics(tmp_path / "toy" / "version_0", "train/input_wait")
+    assert shares == pytest.approx([0.25] * 7)
+
+
 def test_latest_points_to_the_newest_training_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ToyData()
