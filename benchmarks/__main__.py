@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib
 import pkgutil
 import sys
@@ -21,7 +20,7 @@ import torch
 
 import benchmarks
 
-from .registry import BENCHMARKS, Row, environment, read
+from .registry import BENCHMARKS, Row, environment, read, write
 
 RESULTS = Path(__file__).parent / "results"
 NO_GPU: Row = {"status": "no GPU has run this"}
@@ -60,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
         if BENCHMARKS[name].gpu and not gpu:
             findings.append(f"{name}: not run, needs a GPU")
             if not path.exists():
-                _write(path, [NO_GPU | where])
+                write(path, [NO_GPU | where])
             continue
         with _counting(failures, name):
             _run(name, path, where, failures)
@@ -83,7 +82,7 @@ def _run(name: str, path: Path, where: Row, failures: Counter[str]) -> None:
             measured = [key | row for row in measure()]
             print(*(f"{name} {_text(row)}" for row in measured), sep="\n", flush=True)
             rows += [row | where for row in measured]
-            _write(path, rows)
+            write(path, rows)
 
 
 @contextlib.contextmanager
@@ -106,16 +105,6 @@ def _text(row: Row) -> str:
 def _matching(rows: Sequence[Mapping[str, object]], columns: Row) -> list[Mapping[str, object]]:
     """The rows that agree with `columns`, all compared as the file has them."""
     return [r for r in rows if all(str(r.get(name)) == str(v) for name, v in columns.items())]
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Replace the file at once, so that no moment leaves half of it."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

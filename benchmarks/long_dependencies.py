@@ -3,9 +3,10 @@
     python -m benchmarks.long_dependencies [--quick] [--tasks adding-200 ...] [--cells lstm ...]
     python -m benchmarks.long_dependencies --figures
 
-Rows are appended to benchmarks/results/long_dependencies.csv as they come; a run that is finished
-there is not run again, so that a study which was cut short goes on. `--quick` takes three minutes
-and writes to long_dependencies_quick.csv. `--figures` draws what the file holds.
+Rows stand in benchmarks/results/long_dependencies.csv as soon as they are known; a run that is
+finished there is not run again, and one that is not begins anew, so that a study which was cut
+short goes on. `--quick` takes three minutes and writes to long_dependencies_quick.csv. `--figures`
+draws what the file holds, a picture for each claim.
 
 The tasks: the adding problem and temporal order (Hochreiter & Schmidhuber 1997, experiments 4 and
 6a; the adding problem with values in [0, 1], as in Le et al. 2015) and copy memory (Arjovsky et al.
@@ -17,14 +18,14 @@ gate.
 from __future__ import annotations
 
 import argparse
-import csv
+import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +34,14 @@ from torch import Tensor, nn
 from fusedrnn import RecurrentStack
 from fusedrnn.diagnostics import CARRY, gradient_flow
 
-from .registry import Row, environment, read
+from .registry import Row, environment, read, write
 
 RESULTS = Path(__file__).parent / "results"
-CELLS = ("rnn_tanh", "lstm", "lstm_peephole", "gru", "gru_reset_before")
-BIASES = ("0", "1", "chrono")
+CELLS = ("lstm", "gru", "rnn_tanh", "lstm_peephole", "gru_reset_before")
+BIASES = ("1", "chrono", "0")
+"""These and the cells in the order in which they are trained: the most telling runs first."""
 KEY = ("task", "cell", "bias", "seed")
-LEARNING_RATE, CLIP = 2e-3, 1.0
+CLIP = 1.0
 PROBE = 32
 """Rows of the batch on which gradients and gates are measured."""
 
@@ -171,30 +173,40 @@ def set_carry_bias(stack: RecurrentStack, bias: str, length: int) -> None:
             layer.bias_ih_l0[:size], layer.bias_hh_l0[:size] = -value, 0.0
 
 
-def measure(model: Model, task: Task, batch: Batch) -> Row:
-    """Measure gradient norms and the carry gate on a batch.
+PLACES = range(0, 101, 10)
+"""Where in the sequence the gradient is measured, in percent of the steps that all rows have."""
 
-    Norms are those at the first step and the last that all rows have; of the carry gate, the mean,
-    the mean of the tenth of units whose gate is most open, and the product over time.
+
+def measure(model: Model, task: Task, batch: Batch) -> Row:
+    """Measure gradient norms and the carry gate on a batch, in float64: an RNN's reach 1e-50.
+
+    `gradient_h_0` ... `gradient_h_100` are ||dL/dh_t|| along the sequence, `gradient_c_0` and
+    `gradient_c_100` those of the cell state; of the carry gate, the mean, the mean of the tenth of
+    units whose gate is most open, and the product over time.
     """
-    shortest = batch.x.shape[0] if batch.lengths is None else int(batch.lengths.min())
+    model, x = copy.deepcopy(model).double(), batch.x.double()
+    if batch.target.is_floating_point():
+        batch = batch._replace(target=batch.target.double())
+    shortest = len(x) if batch.lengths is None else int(batch.lengths.min())
     end = shortest - 1
 
     def loss(y: Tensor) -> Tensor:
         return task.loss(model.answer(y, batch), batch)
 
-    (flow,) = gradient_flow(model.layer, batch.x, loss, lengths=batch.lengths).values()
+    (flow,) = gradient_flow(model.layer, x, loss, lengths=batch.lengths).values()
     name = CARRY.get(len(flow.gate_mean))
     units = flow.unit_mean[name][0] if name else torch.full((1,), math.nan)
     most = units.sort(descending=True).values[: max(1, len(units) // 10)]
-    return {
-        "gradient_first": flow.hidden[0, 0].item(),
-        "gradient_last": flow.hidden[0, end].item(),
-        "spectral_radius": max(radius.item() for radius in flow.spectral_radius.values()),
-        "carry_mean": units.mean().item(),
-        "carry_top_tenth": most.mean().item(),
-        "carry_product": flow.carry[0, end].item() if flow.carry is not None else math.nan,
+    cell = torch.full((1, shortest), math.nan) if flow.cell is None else flow.cell
+    values = {
+        **{f"gradient_h_{place}": flow.hidden[0, end * place // 100] for place in PLACES},
+        **{f"gradient_c_{place}": cell[0, end * place // 100] for place in (0, 100)},
+        "spectral_radius": torch.stack(list(flow.spectral_radius.values())).max(),
+        "carry_mean": units.mean(),
+        "carry_top_tenth": most.mean(),
+        "carry_product": torch.tensor(math.nan) if flow.carry is None else flow.carry[0, end],
     }
+    return {name: f"{value.item():.4g}" for name, value in values.items()}
 
 
 def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -202,7 +214,7 @@ def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespac
     torch.manual_seed(seed)
     task = make_task(name)
     model = Model(task, cell, bias, options.hidden_size)
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), options.learning_rate)
     start, recent = time.perf_counter(), []
     for step in itertools.count():
         seconds = time.perf_counter() - start
@@ -218,9 +230,10 @@ def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespac
                 "cell": cell,
                 "bias": bias,
                 "seed": seed,
+                "learning_rate": options.learning_rate,
                 "step": step,
-                "loss": smooth,
-                "chance": task.chance,
+                "loss": round(smooth, 6),
+                "chance": round(task.chance, 6),
                 "solved": solved,
                 "finished": finished,
                 "seconds": round(seconds, 1),
@@ -236,90 +249,152 @@ def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespac
 
 def study(options: argparse.Namespace) -> None:
     """Train what is missing from the result file."""
-    done = {tuple(row[k] for k in KEY) for row in read(options.output) if row["finished"] == "True"}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Mapping[str, object]] = list(read(options.output))
+    done = {_key(row) for row in rows if row["finished"] == "True"}
+    rows = [row for row in rows if _key(row) in done]
     where = environment()
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
     runs = [
-        (task, cell, bias, seed)
-        for task in options.tasks
-        for cell in options.cells
-        for bias in (options.biases if not cell.startswith("rnn") else ["none"])
+        (task, cell, "none" if cell.startswith("rnn") else bias, seed)
         for seed in options.seeds
+        for task in options.tasks
+        for bias in options.biases
+        for cell in options.cells
     ]
+    runs = list(dict.fromkeys(runs))
     options.seconds_each = options.seconds / max(1, len(runs))
     for run in runs:
         if tuple(map(str, run)) in done:
             continue
         for row in train(*run, options):
-            print(*run, f"step {row['step']}, loss {row['loss']:.4f}", flush=True)
-            append(options.output, row | where)
+            rows.append(row | where)
+            write(options.output, rows)
+        print(*run, _outcome(row), f"{row['seconds']} s", flush=True)
 
 
-def append(path: Path, row: Row) -> None:
-    """Add a row to a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+def _key(row: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def _outcome(row: Mapping[str, object]) -> str:
+    """What became of a run, from its last row."""
+    solved = "solved" if str(row["solved"]) == "True" else "not solved"
+    return f"{solved} at step {row['step']}, loss {float(str(row['loss'])):.4f}"
+
+
+Run = list[dict[str, str]]
+"""The rows of a run."""
 
 
 def figures(path: Path) -> list[Path]:
-    """Draw loss, gradients and carry gate over the steps of training, a picture for each task."""
+    """Draw a picture for each claim: loss, steps until solved, gradients, carry gates.
+
+    Args:
+        path: the result file; its unfinished runs are left out.
+
+    Returns:
+        The pictures, beside it.
+    """
     from matplotlib.figure import Figure
 
-    rows, drawn = read(path), []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        figure = Figure(figsize=(17, 5), layout="constrained")
-        panels = figure.subplots(1, 3)
-        for number, (run, points) in enumerate(_runs(rows, task).items()):
-            for axis, curve in zip(panels, _curves(points), strict=True):
-                style = ("-", "--", ":")[number // 10 % 3]
-                axis.plot(*curve, style, label=" ".join(run), color=f"C{number % 10}")
-        chance = float(next(row["chance"] for row in rows if row["task"] == task))
-        panels[0].axhline(chance, color="grey", linestyle=":", label="chance")
-        titles = (
-            "loss",
-            "‖∂L/∂h_0‖ / ‖∂L/∂h_T‖",
-            "carry gate of the tenth of units that carry most",
-        )
-        for axis, title in zip(panels, titles, strict=True):
-            axis.set(title=f"{task}: {title}", xlabel="training step")
-        for axis in panels[:2]:
-            axis.set_yscale("log", nonpositive="mask")
-        panels[2].legend(fontsize="x-small")
-        drawn.append(path.with_name(f"{path.stem}_{task}.png"))
-        figure.savefig(drawn[-1], dpi=120)
+    runs: dict[tuple[str, ...], Run] = {}
+    for row in read(path):
+        runs.setdefault(_key(row), []).append(row)
+    runs = {key: run for key, run in runs.items() if run[-1]["finished"] == "True"}
+    tasks = list(dict.fromkeys(task for task, *_ in runs))
+    drawn = []
+    for draw, columns in ((losses, 3), (steps, 1), (gradients, 3), (gates, 4)):
+        figure = Figure(figsize=(4.5 * columns + 2, 3.2 * len(tasks)), layout="constrained")
+        panels = figure.subplots(len(tasks), columns, squeeze=False)
+        for task, axes in zip(tasks, panels, strict=True):
+            draw(axes, task, {key[1:]: run for key, run in runs.items() if key[0] == task})
+        drawn.append(path.with_name(f"{path.stem}_{draw.__name__}.png"))
+        figure.savefig(drawn[-1], dpi=90)
     return drawn
 
 
-def _runs(rows: Sequence[Mapping[str, str]], task: str) -> dict[tuple[str, ...], list[Mapping]]:
-    runs: dict[tuple[str, ...], list[Mapping]] = {}
-    for row in rows:
-        if row["task"] == task:
-            runs.setdefault((row["cell"], row["bias"], row["seed"]), []).append(row)
-    return runs
+Runs = Mapping[tuple[str, ...], Run]
+"""The runs of a task, by cell, bias and seed."""
 
 
-def _curves(points: Sequence[Mapping[str, str]]) -> list[tuple[list[float], list[float]]]:
-    steps = [float(p["step"]) for p in points]
-    ratio = [float(p["gradient_first"]) / max(float(p["gradient_last"]), 1e-30) for p in points]
-    return [
-        (steps, [float(p["loss"]) for p in points]),
-        (steps, ratio),
-        (steps, [float(p["carry_top_tenth"]) for p in points]),
-    ]
+def losses(axes: Sequence[Any], task: str, runs: Runs) -> None:
+    """Loss over the steps of training, a panel for each carry bias; an RNN has none: in all."""
+    for axis, wanted in zip(axes, BIASES, strict=True):
+        for (cell, bias, _), run in runs.items():
+            if bias in (wanted, "none"):
+                _curve(axis, run, "loss", CELLS.index(cell), cell)
+        axis.axhline(make_task(task).chance, color="grey", linestyle=":", label="chance")
+        axis.axhline(make_task(task).solved, color="black", linestyle=":", label="solved")
+        axis.set_yscale("log")
+        _finish(axis, f"{task}, carry bias {wanted}: loss")
+
+
+def steps(axes: Sequence[Any], task: str, runs: Runs) -> None:
+    """Steps until a run solved the task; a cross is one that did not."""
+    for (cell, bias, _), run in runs.items():
+        place = CELLS.index(cell) + (0 if bias == "none" else (BIASES.index(bias) - 1) / 4)
+        marker = "o" if run[-1]["solved"] == "True" else "x"
+        color = "grey" if bias == "none" else f"C{BIASES.index(bias)}"
+        label = "no carry gate" if bias == "none" else f"carry bias {bias}"
+        axes[0].plot(place, float(run[-1]["step"]), marker, color=color, label=label)
+    axes[0].set_xticks(range(len(CELLS)), CELLS)
+    axes[0].set_yscale("log")
+    _finish(axes[0], f"{task}: training steps until solved (×: stopped unsolved)", xlabel="")
+
+
+def gradients(axes: Sequence[Any], task: str, runs: Runs) -> None:
+    """Norms of dL/dh_t along the sequence, before and after training, and their ratio meanwhile."""
+    for (cell, bias, _), run in runs.items():
+        if bias not in (BIASES[0], "none"):
+            continue
+        color, label = f"C{CELLS.index(cell)}", cell if bias == "none" else f"{cell}, bias {bias}"
+        for axis, row in zip(axes, (run[0], run[-1]), strict=False):
+            norms = [float(row[f"gradient_h_{place}"]) for place in PLACES]
+            axis.plot(list(PLACES), norms, color=color, label=label)
+        ratio = [float(r["gradient_h_0"]) / float(r["gradient_h_100"]) for r in run]
+        axes[2].plot([float(r["step"]) for r in run], ratio, color=color, label=label)
+    for axis in axes:
+        axis.set_yscale("log", nonpositive="mask")
+    place = "t, percent of the sequence"
+    _finish(axes[0], f"{task}, before training: ‖∂L/∂h_t‖", xlabel=place)
+    _finish(axes[1], f"{task}, at the end: ‖∂L/∂h_t‖", xlabel=place)
+    _finish(axes[2], f"{task}: ‖∂L/∂h_0‖ / ‖∂L/∂h_T‖")
+
+
+def gates(axes: Sequence[Any], task: str, runs: Runs) -> None:
+    """The mean carry gate of the tenth of units that carry most, a panel for each cell."""
+    for axis, wanted in zip(axes, (c for c in CELLS if not c.startswith("rnn")), strict=True):
+        for (cell, bias, _), run in runs.items():
+            if cell == wanted:
+                _curve(axis, run, "carry_top_tenth", BIASES.index(bias), f"carry bias {bias}")
+        axis.axhline(1.0, color="grey", linestyle=":")
+        _finish(axis, f"{task}, {wanted}: carry gate")
+
+
+def _curve(axis: Any, run: Run, column: str, color: int, label: str) -> None:
+    points = [(float(row["step"]), float(row[column])) for row in run]
+    axis.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=label)
+
+
+def _finish(axis: Any, title: str, xlabel: str = "training step") -> None:
+    axis.set_title(title, fontsize="medium")
+    axis.set_xlabel(xlabel)
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    if once:
+        axis.legend(once.values(), once.keys(), fontsize="x-small")
 
 
 FULL = {
-    "tasks": ["adding-200", "adding-400", "order-100", "copy-100"],
+    "tasks": ["adding-200", "order-100", "copy-100", "adding-400"],
     "cells": list(CELLS),
     "biases": list(BIASES),
     "steps": 10_000,
-    "every": 250,
+    "every": 200,
     "batch_size": 128,
-    "hidden_size": 64,
+    "hidden_size": 32,
+    "learning_rate": 1e-2,
     "seconds": math.inf,
     "output": RESULTS / "long_dependencies.csv",
 }
@@ -329,7 +404,6 @@ QUICK = FULL | {
     "biases": ["1", "chrono"],
     "every": 100,
     "batch_size": 32,
-    "hidden_size": 32,
     "seconds": 170.0,
     "output": RESULTS / "long_dependencies_quick.csv",
 }
@@ -350,6 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, help="steps between two rows")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--hidden_size", type=int)
+    parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seconds", type=float, help="for all runs together, shared evenly")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)

@@ -87,6 +87,16 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Replace the file at once, so that no moment leaves half of it."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
 def environment() -> Row:
     """What a result depends on: processor or GPU, threads, versions, and the code.
 
