@@ -10,10 +10,11 @@ if not hasattr(_kernels, "CellSpec"):
         "reinstall fusedrnn, or use a fresh environment"
     )
 
+from .attention_decoder import AttentionDecoder
 from .crf import CRF
 from .recurrent import GRU, LSTM, RNN
 from .saving import load, save
 from .stack import RecurrentStack
 
 __version__ = _kernels.__version__
-__all__ = ["CRF", "GRU", "LSTM", "RNN", "RecurrentStack", "load", "save"]
+__all__ = ["CRF", "GRU", "LSTM", "RNN", "AttentionDecoder", "RecurrentStack", "load", "save"]

@@ -10,6 +10,9 @@ averages the keys::
 
 The part of the score that depends on the keys alone, `project(keys)`, is worth computing once per
 sequence; a caller that decodes step by step passes it back as `projected`.
+
+With coverage (Tu et al. 2016; See et al. 2017) the score also sees how much attention each key was
+given before: its projection becomes `projected[b, s] + coverage[b, q, s] w`, w a learned vector.
 """
 
 from __future__ import annotations
@@ -46,17 +49,24 @@ class Attention(nn.Module):
     Args:
         query_size: Dq, the last dimension of the queries.
         key_size: Dk, the last dimension of the keys.
+        projected_size: P, the last dimension of projected keys.
+        coverage: whether the score sees the coverage. Its weight starts at zero, so that training
+            starts from what the attention is without.
 
     Raises:
         ValueError: a size is smaller than one.
     """
 
-    def __init__(self, query_size: int, key_size: int) -> None:
+    def __init__(
+        self, query_size: int, key_size: int, projected_size: int, coverage: bool = False
+    ) -> None:
         super().__init__()
-        for name, size in (("query_size", query_size), ("key_size", key_size)):
+        sizes = {"query_size": query_size, "key_size": key_size, "hidden_size": projected_size}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.query_size, self.key_size = query_size, key_size
+        self.coverage = nn.Parameter(torch.zeros(projected_size)) if coverage else None
 
     def project(self, keys: Tensor) -> Tensor:
         """Compute what the score needs of the keys.
@@ -69,12 +79,13 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
-    def score(self, query: Tensor, projected: Tensor) -> Tensor:
+    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
         """Score every query against every projected key.
 
         Args:
             query: [B, Q, Dq].
             projected: [B, S, P], the result of `project`.
+            coverage: [B, Q, S], with coverage only.
 
         Returns:
             [B, Q, S], before masking and softmax.
@@ -87,6 +98,7 @@ class Attention(nn.Module):
         keys: Tensor,
         lengths: Tensor | None = None,
         projected: Tensor | None = None,
+        coverage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Average the keys, weighted by how well they fit each query.
 
@@ -96,6 +108,8 @@ class Attention(nn.Module):
             lengths: int64 [B] on the device of the keys; positions at or past it get a weight of
                 exactly zero. A row of length 0 gets all-zero weights and context. None: no padding.
             projected: `project(keys)` if the caller has it already; None computes it.
+            coverage: [B, Q, S], the attention each key was given before each query; an attention
+                with coverage needs it, one without takes None.
 
         Returns:
             context [B, Q, Dk] and weights [B, Q, S]; each row of weights sums to one.
@@ -104,7 +118,12 @@ class Attention(nn.Module):
             ValueError: a shape or a device does not fit.
         """
         self._check(query, keys, lengths)
-        score = self.score(query, self.project(keys) if projected is None else projected)
+        if (coverage is None) != (self.coverage is None):
+            wanted = (
+                "without coverage takes none" if self.coverage is None else "needs its coverage"
+            )
+            raise ValueError(f"coverage: an attention {wanted}")
+        score = self.score(query, self.project(keys) if projected is None else projected, coverage)
         if lengths is None:
             weights = score.softmax(-1)
         else:
@@ -138,10 +157,22 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for `repr`."""
-        return f"query_size={self.query_size}, key_size={self.key_size}"
+        coverage = "" if self.coverage is None else ", coverage=True"
+        return f"query_size={self.query_size}, key_size={self.key_size}{coverage}"
 
 
-class DotAttention(Attention):
+class _ProductAttention(Attention):
+    """Scores a query by its product with projected keys of its own size."""
+
+    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
+        """Compute `q . (p + coverage w)` [B, Q, S]."""
+        score = query @ projected.transpose(1, 2)
+        if self.coverage is None or coverage is None:
+            return score
+        return score + coverage * (query @ self.coverage)[..., None]
+
+
+class DotAttention(_ProductAttention):
     """Luong's dot score, without parameters: `score = q . k`.
 
     Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
@@ -150,13 +181,14 @@ class DotAttention(Attention):
     Args:
         query_size: Dq.
         key_size: Dk; must equal `query_size`.
+        coverage: as in `Attention`.
 
     Raises:
         ValueError: the two sizes differ.
     """
 
-    def __init__(self, query_size: int, key_size: int) -> None:
-        super().__init__(query_size, key_size)
+    def __init__(self, query_size: int, key_size: int, coverage: bool = False) -> None:
+        super().__init__(query_size, key_size, key_size, coverage)
         if query_size != key_size:
             raise ValueError(
                 f"dot attention needs query_size == key_size, got {query_size} and {key_size}; "
@@ -167,12 +199,8 @@ class DotAttention(Attention):
         """Return the keys as they are."""
         return keys
 
-    def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute `q . k` [B, Q, S]."""
-        return query @ projected.transpose(1, 2)
 
-
-class GeneralAttention(Attention):
+class GeneralAttention(_ProductAttention):
     """Luong's general score: `score = q^T W k`, W [Dq, Dk].
 
     Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine Translation,
@@ -181,19 +209,16 @@ class GeneralAttention(Attention):
     Args:
         query_size: Dq.
         key_size: Dk.
+        coverage: as in `Attention`.
     """
 
-    def __init__(self, query_size: int, key_size: int) -> None:
-        super().__init__(query_size, key_size)
+    def __init__(self, query_size: int, key_size: int, coverage: bool = False) -> None:
+        super().__init__(query_size, key_size, query_size, coverage)
         self.key = nn.Linear(key_size, query_size, bias=False)
 
     def project(self, keys: Tensor) -> Tensor:
         """Compute `W k` [B, S, Dq]."""
         return self.key(keys)
-
-    def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute `q . (W k)` [B, Q, S]."""
-        return query @ projected.transpose(1, 2)
 
 
 class AdditiveAttention(Attention):
@@ -207,13 +232,18 @@ class AdditiveAttention(Attention):
         query_size: Dq.
         key_size: Dk.
         hidden_size: size of v; None takes `query_size`.
+        coverage: as in `Attention`.
     """
 
-    def __init__(self, query_size: int, key_size: int, hidden_size: int | None = None) -> None:
-        super().__init__(query_size, key_size)
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        hidden_size: int | None = None,
+        coverage: bool = False,
+    ) -> None:
         hidden_size = query_size if hidden_size is None else hidden_size
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        super().__init__(query_size, key_size, hidden_size, coverage)
         self.query = nn.Linear(query_size, hidden_size, bias=False)
         self.key = nn.Linear(key_size, hidden_size)
         self.energy = nn.Linear(hidden_size, 1, bias=False)
@@ -222,27 +252,31 @@ class AdditiveAttention(Attention):
         """Compute `U k + b` [B, S, hidden_size]."""
         return self.key(keys)
 
-    def score(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Compute `v . tanh(W q + (U k + b))` [B, Q, S]."""
-        return self.energy(torch.tanh(self.query(query)[:, :, None] + projected[:, None])).squeeze(
-            -1
-        )
+    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
+        """Compute `v . tanh(W q + (U k + b) + coverage w)` [B, Q, S]."""
+        hidden = self.query(query)[:, :, None] + projected[:, None]
+        if self.coverage is not None and coverage is not None:
+            hidden = hidden + coverage[..., None] * self.coverage
+        return self.energy(torch.tanh(hidden)).squeeze(-1)
 
 
-ATTENTIONS: dict[str, type[Attention]] = {
+ATTENTIONS: dict[str, type[DotAttention | GeneralAttention | AdditiveAttention]] = {
     "dot": DotAttention,
     "general": GeneralAttention,
     "additive": AdditiveAttention,
 }
 
 
-def build_attention(kind: str, query_size: int, key_size: int) -> Attention | None:
+def build_attention(
+    kind: str, query_size: int, key_size: int, coverage: bool = False
+) -> Attention | None:
     """Build an attention by name.
 
     Args:
         kind: "none", "dot", "general" or "additive".
         query_size: Dq.
         key_size: Dk.
+        coverage: whether the score sees how much attention each key was given before.
 
     Returns:
         The module, or None for "none": the decoder sees the source through its initial state only.
@@ -251,7 +285,9 @@ def build_attention(kind: str, query_size: int, key_size: int) -> Attention | No
         ValueError: the name is unknown, or the sizes do not fit the kind.
     """
     if kind == "none":
+        if coverage:
+            raise ValueError("coverage needs an attention, got 'none'")
         return None
     if kind not in ATTENTIONS:
         raise ValueError(f"attention must be one of none, {', '.join(ATTENTIONS)}; got {kind!r}")
-    return ATTENTIONS[kind](query_size, key_size)
+    return ATTENTIONS[kind](query_size, key_size, coverage=coverage)

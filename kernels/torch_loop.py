@@ -70,24 +70,24 @@ class Grads(NamedTuple):
     params: Sequence[Tensor]
 
 
-def _tanh_(x: Tensor) -> Tensor:
+def tanh_(x: Tensor) -> Tensor:
     """Tanh in place as 2 sigmoid(2x) - 1, half the time of torch.tanh on a CPU, 1e-7 off."""
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
-def _tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+def tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient through y = tanh(.): grad (1 - y^2)."""
     return torch.addcmul(grad, grad * y, y, value=-1, out=out)
 
 
 def _rnn_tanh(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
-    new[0].copy_(_tanh_(z.addmm_(seen, w.hh.t())))
+    new[0].copy_(tanh_(z.addmm_(seen, w.hh.t())))
 
 
 def _rnn_tanh_grad(
     d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    return _tanh_grad(dh, s.gates, out=d.gates) @ w.hh, None
+    return tanh_grad(dh, s.gates, out=d.gates) @ w.hh, None
 
 
 def _rnn_relu(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
@@ -100,7 +100,7 @@ def _rnn_relu_grad(
     return torch.mul(dh, s.gates > 0, out=d.gates) @ w.hh, None
 
 
-def _update_cell(z: Tensor, c_prev: Tensor, out: Tensor) -> Tensor:
+def update_cell(z: Tensor, c_prev: Tensor, out: Tensor) -> Tensor:
     """c_t = f c_{t-1} + i g, activating i, f and g."""
     i, f, g, _ = z.chunk(4, 1)
     g.mul_(2)
@@ -115,7 +115,7 @@ def _gates_grad(d: Sequence[Tensor], gates: Sequence[Tensor], dc: Tensor, c_prev
     di, df, dg, _ = d
     di.mul_(g).mul_(dc)
     df.mul_(c_prev).mul_(dc)
-    _tanh_grad(dc * i, g, out=dg)
+    tanh_grad(dc * i, g, out=dg)
     dc.mul_(f)
 
 
@@ -124,10 +124,10 @@ def _lstm(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: We
     if w.params:
         i.addcmul_(prev[1], w.params[0])
         f.addcmul_(prev[1], w.params[1])
-    c = _update_cell(z, prev[1], out=new[1])
+    c = update_cell(z, prev[1], out=new[1])
     if w.params:
         o.addcmul_(c, w.params[2])
-    torch.mul(o.sigmoid_(), _tanh_(apart.copy_(c)), out=new[0])
+    torch.mul(o.sigmoid_(), tanh_(apart.copy_(c)), out=new[0])
 
 
 def _lstm_grad(
@@ -137,7 +137,7 @@ def _lstm_grad(
     dgates = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)
     (i, f, g, o), (di, df, _, do) = gates, dgates
     do.mul_(tanh_c).mul_(dh)
-    dc.add_(_tanh_grad(dh * o, tanh_c))
+    dc.add_(tanh_grad(dh * o, tanh_c))
     if w.params:
         dc.addcmul_(do, w.params[2])
         d.params[2].addcmul_(do, (f * c_prev).addcmul_(i, g))
@@ -170,9 +170,9 @@ def _lstm_layernorm(
     recurrent, cell = apart.split((z.shape[1], prev[1].shape[1]), 1)
     torch.mm(seen, w.hh.t(), out=recurrent)
     z.add_(_layer_norm(recurrent, ln_hh)[0])
-    cell.copy_(_update_cell(z, prev[1], out=new[1]))
+    cell.copy_(update_cell(z, prev[1], out=new[1]))
     o = z.chunk(4, 1)[3].sigmoid_()
-    torch.mul(o, _tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0]), out=new[0])
+    torch.mul(o, tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0]), out=new[0])
 
 
 def _lstm_layernorm_grad(
@@ -184,9 +184,9 @@ def _lstm_layernorm_grad(
     gates = s.gates.chunk(4, 1)
     dgates = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)
     o, do = gates[3], dgates[3]
-    tanh_c = _tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0])
+    tanh_c = tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0])
     do.mul_(tanh_c).mul_(dh)
-    _tanh_grad(dh * o, tanh_c, out=dnormed)
+    tanh_grad(dh * o, tanh_c, out=dnormed)
     dc.add_(_layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (True, False, False))[0])
     _gates_grad(dgates, gates, dc, s.prev[1])
     drecurrent.copy_(_layer_norm_grad(d.gates, recurrent, ln_hh, None, (True, False, False))[0])
@@ -200,7 +200,7 @@ def _gru(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Wei
     torch.mm(seen, w.hh[2 * size :].t(), out=apart)
     if w.hn is not None:
         apart.add_(w.hn)
-    torch.lerp(_tanh_(n.addcmul_(r, apart)), prev[0], update, out=new[0])
+    torch.lerp(tanh_(n.addcmul_(r, apart)), prev[0], update, out=new[0])
 
 
 def _interpolation_grad(dz: Tensor, dh: Tensor, s: Saved) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,7 @@ def _interpolation_grad(dz: Tensor, dh: Tensor, s: Saved) -> tuple[Tensor, Tenso
     direct = dh * update
     change = (s.prev[0] - n).mul_(direct)
     torch.addcmul(change, change, update, value=-1, out=dupdate)
-    return _tanh_grad(dh - direct, n, out=dn), direct
+    return tanh_grad(dh - direct, n, out=dn), direct
 
 
 def _gru_grad(
@@ -232,7 +232,7 @@ def _gru_reset_before(
     r, update, n = z.chunk(3, 1)
     z[:, : 2 * size].addmm_(seen, w.hh[: 2 * size].t()).sigmoid_()
     n.addmm_(r * seen, w.hh[2 * size :].t())
-    torch.lerp(_tanh_(n), prev[0], update, out=new[0])
+    torch.lerp(tanh_(n), prev[0], update, out=new[0])
 
 
 def _gru_reset_before_grad(
@@ -250,13 +250,13 @@ def _gru_reset_before_grad(
 WeightGrads = tuple[Tensor, Tensor | None, list[Tensor | None]]
 
 
-def _product_grad(dz: Tensor, seen: Tensor) -> Tensor:
+def product_grad(dz: Tensor, seen: Tensor) -> Tensor:
     """Gradient of W in z = seen W^T, summed over time and batch."""
     return dz.flatten(0, 1).t() @ seen.flatten(0, 1)
 
 
 def _weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
-    return _product_grad(d.gates, s.seen), None, [p.sum(0) for p in d.params]
+    return product_grad(d.gates, s.seen), None, [p.sum(0) for p in d.params]
 
 
 def _lstm_layernorm_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
@@ -265,20 +265,20 @@ def _lstm_layernorm_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
     (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, -1), d.apart.split(sizes, -1)
     _, gain_hh, _ = _layer_norm_grad(d.gates, recurrent, ln_hh, None, (False, True, False))
     _, gain_c, bias_c = _layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (False, True, True))
-    return _product_grad(drecurrent, s.seen), None, [None, gain_hh, gain_c, bias_c]
+    return product_grad(drecurrent, s.seen), None, [None, gain_hh, gain_c, bias_c]
 
 
 def _gru_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
     both = d.gates[..., : 2 * d.apart.shape[-1]]
-    dw = torch.cat([_product_grad(part, s.seen) for part in (both, d.apart)])
+    dw = torch.cat([product_grad(part, s.seen) for part in (both, d.apart)])
     return dw, None if w.hn is None else d.apart.sum((0, 1)), []
 
 
 def _gru_reset_before_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
     size = s.seen.shape[-1]
     both, dn = d.gates.split((2 * size, size), -1)
-    reset = _product_grad(dn, s.gates[..., :size] * s.seen)
-    return torch.cat([_product_grad(both, s.seen), reset]), None, []
+    reset = product_grad(dn, s.gates[..., :size] * s.seen)
+    return torch.cat([product_grad(both, s.seen), reset]), None, []
 
 
 @dataclass(frozen=True)
@@ -463,7 +463,7 @@ class _Recurrence(torch.autograd.Function):
             for d, part in zip(now, held, strict=False):
                 d.add_(part)
         dw_hh, db_hn, dparams = cell.weight_grads(grads, saved, weights)
-        dw_hr = None if w_hr is None else _product_grad(dprojected, unprojected)
+        dw_hr = None if w_hr is None else product_grad(dprojected, unprojected)
         return None, grads.gates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
 
 

@@ -8,68 +8,19 @@ K symbols of the target vocabulary (or numbers predicted at each step), D direct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedrnn import RecurrentStack
-from fusedrnn.attention import build_attention, valid_positions
+from fusedrnn import AttentionDecoder, RecurrentStack
+from fusedrnn.attention import Attention, valid_positions
+from fusedrnn.attention_decoder import DecoderState, EncodedSource, ScheduledSampling
+from fusedrnn.saving import saveable
 
 __all__ = ["Bridge", "DecoderState", "EncodedSource", "FrameEmbedding", "Seq2SeqModel"]
 
 LayerState = Tensor | tuple[Tensor, Tensor]
-
-
-class EncodedSource(NamedTuple):
-    """What the decoder may look at while it writes.
-
-    Attributes:
-        keys: [B, S, Dk], outputs of the last encoder layer, zero past the lengths.
-        projected: [B, S, P], the keys as the attention's score wants them; None without attention.
-        lengths: int64 [B].
-    """
-
-    keys: Tensor
-    projected: Tensor | None
-    lengths: Tensor
-
-
-class DecoderState(NamedTuple):
-    """Everything a decoding step needs besides the previous symbol.
-
-    Attributes:
-        source: the encoded source of each row.
-        layers: one entry per decoder layer, h [1, B, H] or (h, c).
-        feed: [B, F], the last attentional features with input feeding, else None.
-    """
-
-    source: EncodedSource
-    layers: list[LayerState]
-    feed: Tensor | None
-
-    def select(self, rows: Tensor) -> DecoderState:
-        """Keep, repeat or reorder rows.
-
-        Args:
-            rows: int64 [N], indices into the batch.
-
-        Returns:
-            The state of those N rows.
-        """
-        keys, projected, lengths = self.source
-        source = EncodedSource(
-            keys[rows], None if projected is None else projected[rows], lengths[rows]
-        )
-        layers = [_select(layer, rows) for layer in self.layers]
-        return DecoderState(source, layers, None if self.feed is None else self.feed[rows])
-
-
-def _select(layer: LayerState, rows: Tensor) -> LayerState:
-    """Keep rows of one layer's state."""
-    if isinstance(layer, tuple):
-        return layer[0][:, rows], layer[1][:, rows]
-    return layer[:, rows]
 
 
 class Bridge(nn.Module):
@@ -171,6 +122,7 @@ class FrameEmbedding(nn.Module):
         return self.linear(stacked), (lengths + self.stride - 1) // self.stride
 
 
+@saveable
 class Seq2SeqModel(nn.Module):
     """Recurrent encoder-decoder with optional attention (Luong 2015, Bahdanau 2014).
 
@@ -182,8 +134,8 @@ class Seq2SeqModel(nn.Module):
         a_t     = tanh(W_a [context; h_t])
         p(y_t)  = softmax(W a_t)
 
-    Without feedback of the attention into the cell, teacher forcing is one call of the decoder over
-    all T steps and one batched attention.
+    or with the context that h_{t-1} attends to fed into the cell (`feedback="context"`). Teacher
+    forcing and scheduled sampling are one call of `fusedrnn.AttentionDecoder` over all T steps.
 
     With `source_features` the source is frames of features instead of symbols. With
     `target_features` the model predicts numbers, `y_t = W a_t + b`, and the decoder is fed
@@ -203,6 +155,9 @@ class Seq2SeqModel(nn.Module):
             features then have the embeddings' size.
         dropout: probability, on embeddings, between layers and before the output.
         backend: of the recurrent layers; see `fusedrnn.LSTM`.
+        feedback: "none"; "features", which is `input_feeding`; or "context" (Bahdanau 2014), the
+            result of the attention from before a step, fed to the cell in that step.
+        coverage: whether the attention sees how much it has attended to each key before.
         source_features: numbers in a frame of the source.
         source_stride: frames that become one step of the encoder.
         target_features: K, numbers predicted at each step.
@@ -226,6 +181,8 @@ class Seq2SeqModel(nn.Module):
         tied_embeddings: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
+        feedback: str = "none",
+        coverage: bool = False,
         source_features: int = 0,
         source_stride: int = 1,
         target_features: int = 0,
@@ -259,6 +216,9 @@ class Seq2SeqModel(nn.Module):
             raise ValueError(
                 "input_feeding feeds attention back: it needs an attention, got 'none'"
             )
+        if input_feeding and feedback == "context":
+            raise ValueError("input_feeding and feedback='context' exclude each other")
+        feedback = "features" if input_feeding else feedback
         query_size = decoder_sizes[-1]
         features = embedding_size if tied_embeddings else query_size
         if attention == "none" and features != query_size:
@@ -266,8 +226,6 @@ class Seq2SeqModel(nn.Module):
                 "tied_embeddings without attention needs embedding_size == decoder_sizes[-1], "
                 f"got {embedding_size} and {query_size}"
             )
-        self.input_feeding = input_feeding
-        self.features_size = features
         self.dropout = nn.Dropout(dropout)
         options: dict[str, Any] = {
             "cell": cell,
@@ -293,15 +251,28 @@ class Seq2SeqModel(nn.Module):
             if target_features
             else nn.Embedding(target_size, embedding_size, padding_idx=0)
         )
-        fed = features if input_feeding else 0
-        self.decoder = RecurrentStack(embedding_size + fed, list(decoder_sizes), **options)
-        self.attention = build_attention(attention, query_size, joined[-1])
-        if self.attention is not None:
-            self.combine = nn.Linear(joined[-1] + query_size, features, bias=False)
+        self.decoder = AttentionDecoder(
+            embedding_size,
+            decoder_sizes,
+            joined[-1],
+            features,
+            cell=cell,
+            attention=attention,
+            feedback=feedback,
+            coverage=coverage,
+            dropout=dropout,
+            backend=backend,
+        )
         self.output = nn.Linear(features, target_features or target_size)
         if tied_embeddings:
             nn.init.normal_(self.target_embedding.weight, std=embedding_size**-0.5)
             self.output.weight = self.target_embedding.weight
+        self.register_load_state_dict_pre_hook(_rename)
+
+    @property
+    def attention(self) -> Attention | None:
+        """The decoder's attention."""
+        return self.decoder.attention
 
     def encode(self, source: Tensor, lengths: Tensor) -> DecoderState:
         """Read the source.
@@ -318,9 +289,7 @@ class Seq2SeqModel(nn.Module):
         else:
             embedded = self.source_embedding(source)
         keys, states = self.encoder(self.dropout(embedded), lengths=lengths)
-        projected = None if self.attention is None else self.attention.project(keys)
-        feed = keys.new_zeros(len(source), self.features_size) if self.input_feeding else None
-        return DecoderState(EncodedSource(keys, projected, lengths), self.bridge(states), feed)
+        return self.decoder.start(keys, lengths, self.bridge(states))
 
     def forward(
         self,
@@ -338,19 +307,20 @@ class Seq2SeqModel(nn.Module):
                 numbers are predicted, [B, T, target_inputs].
             sampling_probability: for each symbol after the first, the probability that the decoder
                 is fed a sample of its own prediction in place of `target` (scheduled sampling,
-                Bengio et al. 2015). Above zero, decoding goes step by step; symbols only.
+                Bengio et al. 2015). Symbols only.
 
         Returns:
             logits [B, T, K], step t predicting the symbol after `target[:, t]` (or the K numbers of
             step t), and the attention weights [B, T, S], None without attention.
         """
         state = self.encode(source, source_lengths)
-        if self.input_feeding or sampling_probability > 0:
-            features, weights = self._unroll(target, state, sampling_probability)
-        else:
-            outputs, _ = self.decoder(self.dropout(self.target_embedding(target)), state.layers)
-            features, weights = self._attend(outputs, state.source)
-        return self.output(features), weights
+        sampling = None
+        if sampling_probability > 0:
+            sampling = ScheduledSampling(
+                target, self.target_embedding, self.output, sampling_probability
+            )
+        found, _ = self.decoder(self.target_embedding(target), state, sampling)
+        return self.output(found.features), found.weights
 
     def regress(
         self, source: Tensor, source_lengths: Tensor, inputs: Tensor, first: Tensor
@@ -369,11 +339,12 @@ class Seq2SeqModel(nn.Module):
         state = self.encode(source, source_lengths)
         previous, outputs, weights = first, [], []
         for given in inputs.unbind(1):
-            features, state, weight = self._advance(torch.cat([given, previous], -1), state)
-            previous = self.output(features)
+            embedded = self.target_embedding(torch.cat([given, previous], -1))
+            found, state = self.decoder.step(embedded, state)
+            previous = self.output(found.features)
             outputs.append(previous)
-            if weight is not None:
-                weights.append(weight)
+            if found.weights is not None:
+                weights.append(found.weights)
         return torch.stack(outputs, 1), torch.stack(weights, 1) if weights else None
 
     def step(self, symbols: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
@@ -386,55 +357,19 @@ class Seq2SeqModel(nn.Module):
         Returns:
             Log-probabilities [B, K] of the next symbol (float32 or wider), and the new state.
         """
-        features, state, _ = self._advance(symbols, state)
-        logits = self.output(features)
+        found, state = self.decoder.step(self.target_embedding(symbols), state)
+        logits = self.output(found.features)
         return torch.log_softmax(
             logits.to(torch.promote_types(logits.dtype, torch.float32)), -1
         ), state
 
-    def _advance(
-        self, symbols: Tensor, state: DecoderState
-    ) -> tuple[Tensor, DecoderState, Tensor | None]:
-        """One step: features [B, F], the new state, and weights [B, S] where there is attention."""
-        inputs = self.dropout(self.target_embedding(symbols))
-        if state.feed is not None:
-            inputs = torch.cat([inputs, state.feed.to(inputs.dtype)], -1)
-        outputs, layers = self.decoder.step(inputs, state.layers)
-        features, weights = self._attend(outputs[:, None], state.source)
-        features = features[:, 0]
-        feed = None if state.feed is None else features
-        state = DecoderState(state.source, layers, feed)
-        return features, state, None if weights is None else weights[:, 0]
 
-    def _attend(self, outputs: Tensor, source: EncodedSource) -> tuple[Tensor, Tensor | None]:
-        """Features [B, T, F] of decoder outputs [B, T, H], and the attention weights [B, T, S]."""
-        if self.attention is None:
-            return self.dropout(outputs), None
-        context, weights = self.attention(outputs, source.keys, source.lengths, source.projected)
-        features = torch.tanh(self.combine(torch.cat([context, outputs], -1)))
-        return self.dropout(features), weights
-
-    def _unroll(
-        self, target: Tensor, state: DecoderState, sampling_probability: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decode step by step: features [B, T, F] and weights [B, T, S]."""
-        features: list[Tensor] = []
-        weights: list[Tensor] = []
-        symbols = target[:, 0]
-        for t in range(target.shape[1]):
-            if t > 0:
-                symbols = target[:, t]
-                if sampling_probability > 0:
-                    symbols = self._mix(symbols, features[-1], sampling_probability)
-            feature, state, weight = self._advance(symbols, state)
-            features.append(feature)
-            if weight is not None:
-                weights.append(weight)
-        return torch.stack(features, 1), torch.stack(weights, 1) if weights else None
-
-    @torch.no_grad()
-    def _mix(self, symbols: Tensor, features: Tensor, probability: float) -> Tensor:
-        """Replace each symbol, with the given probability, by a sample of the prediction."""
-        guesses = self.output(features).float().softmax(-1).multinomial(1).squeeze(-1)
-        replaced = torch.rand(symbols.shape, device=symbols.device) < probability
-        return torch.where(replaced, guesses, symbols)
+def _rename(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take weights from before the decoder became one module."""
+    for old, new in (
+        ("decoder.layers.", "decoder.stack.layers."),
+        ("attention.", "decoder.attention."),
+        ("combine.", "decoder.combine."),
+    ):
+        for name in [name for name in weights if name.startswith(prefix + old)]:
+            weights[prefix + new + name[len(prefix + old) :]] = weights.pop(name)

@@ -52,7 +52,7 @@ def test_plain_encoder_decoder_is_the_textbook_one():
                 x = states[k][0]
         for t, symbol in enumerate(target[row]):
             x = model.target_embedding.weight[symbol]
-            for k, layer in enumerate(model.decoder.layers):
+            for k, layer in enumerate(model.decoder.stack.layers):
                 states[k] = lstm_step(layer, x, *states[k])
                 x = states[k][0]
             expected = model.output.weight @ x + model.output.bias
@@ -130,6 +130,9 @@ VARIANTS = [
         ("dot", {"input_feeding": True}),
         ("general", {"input_feeding": True, "tied_embeddings": True}),
         ("additive", {"input_feeding": True, "decoder_sizes": [7, 6]}),
+        ("general", {"feedback": "context", "decoder_sizes": [7, 6]}),
+        ("additive", {"feedback": "context", "coverage": True}),
+        ("dot", {"coverage": True}),
     )
 ]
 
@@ -161,10 +164,10 @@ def test_attention_decoder_is_its_equation():
     features = torch.zeros(8, dtype=torch.float64)
     for t in range(2):
         x = torch.cat([model.target_embedding.weight[target[0, t]], features])
-        h, c = lstm_step(model.decoder.layers[0], x, h, c)
+        h, c = lstm_step(model.decoder.stack.layers[0], x, h, c)
         alpha = torch.softmax(keys[0] @ model.attention.key.weight.T @ h, 0)
         torch.testing.assert_close(weights[0, t], alpha)
-        features = torch.tanh(model.combine.weight @ torch.cat([alpha @ keys[0], h]))
+        features = torch.tanh(model.decoder.combine.weight @ torch.cat([alpha @ keys[0], h]))
         expected = model.output.weight @ features + model.output.bias
         torch.testing.assert_close(logits[0, t], expected)
 
@@ -210,10 +213,12 @@ def test_padding_order_and_company_change_nothing(arguments, data):
 def fed_symbols(model, *arguments):
     """The symbols that the decoder is fed in one forward pass, [B, T]."""
     fed = []
-    handle = model.target_embedding.register_forward_hook(lambda _, args, __: fed.append(args[0]))
+    handle = model.decoder.register_forward_hook(
+        lambda _, args, found: fed.append(found[0].symbols)
+    )
     logits, _ = model(*arguments)
     handle.remove()
-    return torch.stack(fed, 1), logits
+    return fed[0], logits
 
 
 @torch.no_grad()
@@ -252,7 +257,7 @@ def test_without_feedback_the_decoder_is_called_once():
     model = make()
     source, lengths, target = batch([3, 5], 6)
     calls = []
-    model.decoder.register_forward_hook(lambda _, args, __: calls.append(args[0].shape))
+    model.decoder.stack.register_forward_hook(lambda _, args, __: calls.append(args[0].shape))
     model(source, lengths, target)
     assert calls == [(2, 6, 5)]
 
