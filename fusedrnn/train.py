@@ -1,6 +1,7 @@
 """Trains, evaluates and uses models: `python -m fusedrnn.train {fit,validate,test,predict}`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -20,8 +21,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 
 import lightning_modules.data
-from lightning_modules.base import CheckpointError, Task, read_checkpoint
+from lightning_modules import CheckpointError, Task
+from lightning_modules.base import read_checkpoint
 from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.formats import BadLine
 from lightning_modules.loggers import RunLogger
 
 CONFIGS = Path(lightning_modules.__file__).parent / "configs"
@@ -188,8 +191,10 @@ def predict(args: Sequence[str]) -> None:
         _fail(ValueError(f"--device: cannot use {device!r}: {error}"))
     try:
         with _reading(source) as text, _writing(target) as file:
-            for result in task.predict_lines(_lines(text, source), **options):
+            for result in task.predict_lines(_lines(text, source, task.line_ends), **options):
                 print(result, file=file, flush=target == "-")
+    except BadLine as error:
+        _fail(ValueError(f"{_name(source)}:{error.number}: {error.problem}"))
     except (OSError, ValueError) as error:
         _fail(error)
 
@@ -274,21 +279,28 @@ def _task_class(path: str) -> Any:
 @contextmanager
 def _reading(source: str) -> Iterator[TextIO]:
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="\n")
         yield sys.stdin
     else:
-        with open(source, encoding="utf-8", newline="\n") as file:
+        with open(source, encoding="utf-8-sig", newline="\n") as file:
             yield file
 
 
-def _lines(text: TextIO, source: str) -> Iterator[str]:
+def _lines(text: TextIO, source: str, ends: bool) -> Iterator[str]:
     number = 0
     try:
         for line in text:
-            yield line.rstrip("\r\n")
+            yield line if ends else line.rstrip("\r\n")
             number += 1
     except UnicodeDecodeError as error:
-        name = "stdin" if source == "-" else source
-        raise ValueError(f"{name}: after line {number}: not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"{_name(source)}: after line {number}: not UTF-8 text: {error}"
+        ) from error
+
+
+def _name(source: str) -> str:
+    return "stdin" if source == "-" else source
 
 
 @contextmanager

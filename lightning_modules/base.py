@@ -88,6 +88,7 @@ class Task(L.LightningModule):
 
     Attributes:
         codec_class: the class of `codec`; set by each subclass.
+        line_ends: whether `predict_lines` is to get lines with their line ends.
         monitor: the logged metric that says how good the model is.
 
     Raises:
@@ -96,6 +97,7 @@ class Task(L.LightningModule):
 
     codec_class: type[Codec]
     monitor: str = "val/loss"
+    line_ends: bool = False
 
     def __init__(
         self,
@@ -116,8 +118,8 @@ class Task(L.LightningModule):
         """Yields one line of result for each line of raw text, in order.
 
         Args:
-            lines: raw text without line ends. It may be endless: only a bounded number is held at a
-                time.
+            lines: raw text, without line ends unless the class asks for them. It may be endless:
+                only a bounded number is held at a time.
             **options: what a task offers, such as `batch_size`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no predict_lines")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -17,14 +16,23 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from lightning_modules.base import Task
 from lightning_modules.data.tagging import IGNORED, TaggingBatch, TaggingCodec
+from lightning_modules.formats import (
+    WRITERS,
+    InputFormat,
+    OutputFormat,
+    Source,
+    Tagged,
+    Tokenizer,
+    read_columns,
+    read_text,
+    tokenize,
+)
 from lightning_modules.metrics import SpanF1, precision_recall_f1
 from lightning_modules.reporting import log_figure, log_table
 from lightning_modules.tagger_model import Head, TaggerModel
 
 UNSEEN = "<unseen>"
 """Stands for the gold tags that are not in the training split: always an error."""
-
-Tokenizer = Literal["whitespace", "words"]
 
 SAMPLES, SAMPLES_PER_BATCH = 20, 3
 """Sentences in the table of samples: a few from each batch, since a batch is of like lengths."""
@@ -61,6 +69,7 @@ class Tagger(Task):
     """
 
     codec_class = TaggingCodec
+    line_ends = True
 
     def __init__(
         self,
@@ -189,7 +198,6 @@ class Tagger(Task):
             figure = confusion_figure(self._confusion, [*self.codec.tags.symbols, UNSEEN])
             log_figure(self, f"{stage}/confusion_matrix", figure)
 
-    @torch.inference_mode()
     def tag(
         self,
         sentences: Sequence[str | Sequence[str]],
@@ -201,8 +209,8 @@ class Tagger(Task):
         Args:
             sentences: each a string, or the list of its words.
             batch_size: sentences that are tagged at once; it does not change the result.
-            tokenizer: how a string is cut into words: at `whitespace`, or into `words` and
-                punctuation marks.
+            tokenizer: how a string is cut into words: at `whitespace`, into `words` and
+                punctuation marks, or into `characters`.
 
         Returns:
             For each sentence its words with their tags; an empty list for one without words.
@@ -212,26 +220,37 @@ class Tagger(Task):
         """
         if isinstance(sentences, str):
             raise ValueError("sentences: expected a list of sentences, got a single string")
+        words = [tokenize(s, tokenizer) if isinstance(s, str) else list(s) for s in sentences]
+        found = self._find(words, batch_size)
+        return [list(zip(w, tags, strict=True)) for w, (tags, _) in zip(words, found, strict=True)]
+
+    @torch.inference_mode()
+    def _find(
+        self, sentences: Sequence[list[str]], batch_size: int, confidence: bool = False
+    ) -> list[tuple[list[str], list[float]]]:
+        """Find the tags of the words of each sentence and, if asked, the confidence in each."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         was_training = self.training
         self.eval()
-        rows = [
-            self.codec.untagged(tokenize(s, tokenizer) if isinstance(s, str) else list(s))
-            for s in sentences
-        ]
+        rows = [self.codec.untagged(words) for words in sentences]
         order = sorted(
             (i for i, row in enumerate(rows) if row.words), key=lambda i: len(rows[i].words)
         )
-        results: list[list[tuple[str, str]]] = [[] for _ in rows]
+        results: list[tuple[list[str], list[float]]] = [([], []) for _ in rows]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self.transfer_batch_to_device(
                 self.codec.batch([rows[i] for i in chosen]), self.device, 0
             )
-            paths = self.model.decode(self(batch), batch.lengths)
-            for i, names in zip(chosen, self._names(paths, batch.lengths), strict=True):
-                results[i] = list(zip(rows[i].tokens, names, strict=True))
+            emissions = self(batch)
+            paths = self.model.decode(emissions, batch.lengths)
+            shares: list[list[float]] = [[] for _ in chosen]
+            if confidence:
+                shares = self.model.confidences(emissions, paths, batch.lengths).tolist()
+            names = self._names(paths, batch.lengths)
+            for i, tags, share in zip(chosen, names, shares, strict=True):
+                results[i] = tags, share[: len(tags)]
         self.train(was_training)
         return results
 
@@ -241,23 +260,48 @@ class Tagger(Task):
         batch_size: int = 32,
         tokenizer: Tokenizer = "whitespace",
         tags_only: bool = False,
+        input_format: InputFormat = "text",
+        format: OutputFormat = "text",
+        token_column: int = 0,
+        confidence: bool = False,
     ) -> Iterator[str]:
-        """Tag lines of text, a sentence each.
+        """Tag lines of text, a sentence each, or the sentences of columns.
 
         Args:
             lines: the lines.
-            batch_size: lines that are tagged at once.
-            tokenizer: how a line is cut into words: at `whitespace`, or into `words` and
-                punctuation marks.
-            tags_only: whether to write the tags without the words.
+            batch_size: sentences that are tagged at once.
+            tokenizer: how a line of text is cut into words: at `whitespace`, into `words` and
+                punctuation marks, or into `characters`, for scripts without spaces.
+            tags_only: whether to write the tags without the words, as `text`.
+            input_format: `text`, or columns: `conll`, or `conllu`.
+            format: `text`: `word/TAG word/TAG ...` for each sentence; `conll`: a column of tags
+                after the token or after the columns that were read; `json`: for each sentence an
+                object with tokens, entities and offsets; `brat`: stand-off annotations; `html`: a
+                page with coloured entities; `ansi`: coloured for a terminal.
+            token_column: of `conll`, the index of the token.
+            confidence: whether to write the probability of each tag (with a CRF, its marginal).
 
         Yields:
-            `word/TAG word/TAG ...` for each line.
+            The results, in order.
         """
-        remaining = iter(lines)
-        while chunk := list(islice(remaining, max(1, batch_size))):
-            for sentence in self.tag(chunk, batch_size, tokenizer):
-                yield " ".join(tag if tags_only else f"{word}/{tag}" for word, tag in sentence)
+        sources = (
+            read_text(lines, tokenizer)
+            if input_format == "text"
+            else read_columns(lines, token_column, input_format == "conllu")
+        )
+        tagged = self._tagged(sources, batch_size, confidence)
+        if tags_only:
+            yield from (" ".join(sentence.tags) for sentence in tagged)
+        else:
+            yield from WRITERS[format](tagged, self.codec.scheme)
+
+    def _tagged(
+        self, sources: Iterator[Source], batch_size: int, confidence: bool
+    ) -> Iterator[Tagged]:
+        while chunk := list(islice(sources, max(1, batch_size))):
+            found = self._find([source.tokens for source in chunk], batch_size, confidence)
+            for source, (tags, shares) in zip(chunk, found, strict=True):
+                yield Tagged(source, tags, shares if confidence else None)
 
     def _names(self, paths: Tensor, lengths: Tensor) -> list[list[str]]:
         rows = zip(paths.tolist(), lengths.tolist(), strict=True)
@@ -353,21 +397,3 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
                     shade = "white" if shares[i, j] > 0.5 else "black"
                     axes.text(j, i, count, ha="center", va="center", color=shade, fontsize=5)
     return figure
-
-
-def tokenize(text: str, tokenizer: Tokenizer = "whitespace") -> list[str]:
-    """Cut a line of text into words.
-
-    Args:
-        text: the line.
-        tokenizer: `whitespace`, or `words`: runs of letters and digits, which may hold apostrophes
-            and hyphens inside, and single other characters.
-
-    Raises:
-        ValueError: an unknown tokenizer.
-    """
-    if tokenizer == "whitespace":
-        return text.split()
-    if tokenizer == "words":
-        return re.findall(r"\w+(?:[-'’]\w+)*|[^\w\s]", text)
-    raise ValueError(f"tokenizer: expected whitespace or words, got {tokenizer!r}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusedrnn import LSTM, RecurrentStack
 from fusedrnn.crf import CRF, PADDING
+from fusedrnn.saving import saveable
 
 Head = Literal["crf", "softmax"]
 
@@ -94,6 +95,7 @@ class CharacterEncoder(nn.Module):
         return hidden.transpose(0, 1).flatten(1)
 
 
+@saveable
 class TaggerModel(nn.Module):
     """Words and their characters -> recurrent stack -> a score for each tag -> softmax or CRF.
 
@@ -273,6 +275,23 @@ class TaggerModel(nn.Module):
             return self.crf.decode(emissions, lengths)[0]
         steps = torch.arange(emissions.shape[1], device=emissions.device)
         return emissions.argmax(-1).masked_fill(steps >= lengths[:, None], PADDING)
+
+    def confidences(self, emissions: Tensor, paths: Tensor, lengths: Tensor) -> Tensor:
+        """Compute the probability of each tag of some paths: with a CRF, its marginal.
+
+        Args:
+            emissions: [B, T, K].
+            paths: [B, T] int64, from `decode`.
+            lengths: [B] int64.
+
+        Returns:
+            [B, T] float; past the end without meaning.
+        """
+        if self.crf is not None:
+            shares = self.crf.marginals(emissions, lengths)
+        else:
+            shares = emissions.float().softmax(-1)
+        return shares.gather(-1, paths.clamp(min=0)[..., None])[..., 0]
 
     def _forget(self, words: Tensor) -> Tensor:
         """Take some words for the unknown word: its vector is learnt, and spellings matter more."""

@@ -20,7 +20,8 @@ CONLLU_COLUMNS = (
     "misc",
 )
 
-_NOT_A_WORD = re.compile(r"\d+[-.]\d+")
+NOT_A_WORD = re.compile(r"\d+[-.]\d+")
+"""The number of a range of words or of an empty node in CoNLL-U."""
 _DOCUMENT = "-DOCSTART-"
 
 
@@ -68,7 +69,7 @@ def read_conllu(
                 f"{path}:{number}: expected {len(CONLLU_COLUMNS)} columns separated by tabs, "
                 f"got {len(cells)}"
             )
-        if _NOT_A_WORD.fullmatch(cells[0]):
+        if NOT_A_WORD.fullmatch(cells[0]):
             continue
         if not cells[0].isdecimal():
             raise ValueError(f"{path}:{number}: expected the number of a word, got {cells[0]!r}")
@@ -131,7 +132,7 @@ def read_columns(
             continue
         if len(cells) != width:
             raise ValueError(f"{path}:{number}: expected {width} columns, got {len(cells)}")
-        if numbered and _NOT_A_WORD.fullmatch(cells[0]):
+        if numbered and NOT_A_WORD.fullmatch(cells[0]):
             continue
         _append(current, cells[token_column], cells[tag_column], scheme, f"{path}:{number}")
     return _finish([*sentences, current], path)

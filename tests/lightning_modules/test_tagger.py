@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.readers import Sentence
 from lightning_modules.data.tagging import TaggingCodec, TaggingData
-from lightning_modules.tagger import Scores, Tagger, confusion_figure, tokenize
+from lightning_modules.tagger import Scores, Tagger, confusion_figure
 
 SMALL = {
     "word_size": 12,
@@ -255,17 +255,3 @@ def test_confusion_figure_leaves_out_what_never_occurs() -> None:
     (axes,) = confusion_figure(confusion, ["A", "B", "<unseen>"]).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["A", "B"]
     assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Don't panic: it's well-known.", ["Don't", "panic", ":", "it's", "well-known", "."]),
-        ("Ankara'da  9,5 TL!", ["Ankara'da", "9", ",", "5", "TL", "!"]),
-    ],
-)
-def test_tokenize(text: str, expected: list[str]) -> None:
-    assert tokenize(text, "words") == expected
-    assert tokenize(text) == text.split()
-    with pytest.raises(ValueError, match="tokenizer: expected whitespace or words"):
-        tokenize(text, "bpe")
