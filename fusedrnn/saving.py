@@ -1,14 +1,15 @@
-"""Layers as folders: weights as safetensors, the constructor's arguments as JSON."""
+"""Modules as folders: weights as safetensors, the constructor's arguments as JSON."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kernels
 
@@ -26,12 +27,41 @@ CLASSES: dict[str, type[nn.Module]] = {
 }
 """What can be saved: `load` builds nothing else, so that a folder cannot name code to run."""
 
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+
+def saveable(kind: Kind) -> Kind:
+    """Decorate a class of modules that `save` and `load` are to know, by its name.
+
+    Its modules remember in `arguments` what their constructor was given: plain data, or tensors
+    that are as good as None once the `state_dict` is loaded, and are kept as None.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+    if CLASSES.setdefault(kind.__name__, kind) is not kind:
+        raise ValueError(f"there is another class {kind.__name__} that can be saved")
+    build = kind.__init__
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def build_and_remember(self: nn.Module, *values: Any, **named: Any) -> None:
+        build(self, *values, **named)
+        given = signature.bind(self, *values, **named)
+        given.apply_defaults()
+        (_, *rest) = given.arguments.items()
+        self.arguments = {name: None if isinstance(v, Tensor) else v for name, v in rest}
+
+    kind.__init__ = build_and_remember  # type: ignore[misc]
+    return kind
+
 
 def save(module: nn.Module, folder: str | Path) -> None:
     """Write a module into a folder, as `config.json` and `model.safetensors`.
 
     Args:
-        module: an LSTM, GRU, RNN, RecurrentStack or CRF.
+        module: an LSTM, GRU, RNN, RecurrentStack or CRF, or of a class that is `saveable`, as the
+            networks of the tagger and of the sequence-to-sequence model are.
         folder: it is made if it is not there; files of an earlier `save` are replaced.
 
     Raises:
@@ -45,13 +75,17 @@ def save(module: nn.Module, folder: str | Path) -> None:
     configuration = {
         "format": FORMAT,
         "version": kernels.__version__,
+        "module": type(module).__module__,
         "class": name,
         "arguments": _arguments(module),
     }
     text = json.dumps(configuration, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.contiguous() for key, value in module.state_dict().items()}
+    weights = {  # copies: safetensors takes no tensor twice, as tied weights are
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in module.state_dict().items()
+    }
     save_file(weights, folder / WEIGHTS)
     (folder / CONFIGURATION).write_text(text, encoding="utf-8")
 
@@ -60,6 +94,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Build the module that `save` wrote, in evaluation mode, its weights in their own dtype.
 
     Needs neither Lightning nor the code that trained the module, and runs nothing from the folder.
+    The module of a class that is not of this package must have been imported.
 
     Args:
         folder: what was given to `save`.
@@ -94,7 +129,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> nn.Module:
                 f"{weights_path}: {name} is {found.get(name, 'absent')}, but {CONFIGURATION} "
                 f"wants {expected.get(name, 'none')}"
             )
-    module.load_state_dict(weights, assign=True)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(weights[name].dtype)
+    module.load_state_dict(weights)
     return module.to(device).eval()
 
 
@@ -114,6 +151,7 @@ def _build(path: Path) -> nn.Module:
     if kind is None:
         raise ValueError(
             f"{path}: class must be one of {', '.join(CLASSES)}, got {configuration.get('class')!r}"
+            f"; if it is your own, first import {configuration.get('module')}"
         )
     try:
         return kind(**configuration["arguments"])

@@ -8,6 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fusedrnn
+from fusedrnn import saving
 
 MODULES = {
     "lstm": lambda: fusedrnn.LSTM(3, 4, 2, batch_first=True, bidirectional=True, dropout=0.25),
@@ -73,6 +74,33 @@ def test_lightning_is_not_needed(tmp_path):
     assert done.stdout == "RecurrentStack\n"
 
 
+def test_a_class_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "CLASSES", dict(saving.CLASSES))
+
+    @saving.saveable
+    class Scaled(torch.nn.Module):
+        def __init__(self, size, sizes=(1,), factor=None, *, tied=True):
+            super().__init__()
+            factor = torch.ones(size, dtype=torch.float64) if factor is None else factor
+            self.register_buffer("factor", factor)
+            self.a, self.b = torch.nn.Linear(size, size), torch.nn.Linear(size, size)
+            if tied:
+                self.b.weight = self.a.weight
+
+    factor = torch.arange(3, dtype=torch.float64)
+    module = Scaled(3, sizes=(4, 5), factor=factor)
+    assert module.arguments == {"size": 3, "sizes": (4, 5), "factor": None, "tied": True}
+    fusedrnn.save(module, tmp_path)
+    loaded = fusedrnn.load(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
+    assert loaded.a.weight is loaded.b.weight
+    with pytest.raises(ValueError, match="there is another class Scaled"):
+        saving.saveable(type("Scaled", (torch.nn.Module,), {}))
+    del saving.CLASSES["Scaled"]
+    with pytest.raises(ValueError, match=f"'Scaled'; if it is your own, first import {__name__}$"):
+        fusedrnn.load(tmp_path)
+
+
 def test_only_own_modules_are_saved(tmp_path):
     class Mine(fusedrnn.LSTM):
         pass
@@ -108,7 +136,7 @@ def truncate(folder):
         (
             lambda f: edit(f, **{"class": "os.system"}),
             ValueError,
-            "class must be one of LSTM, GRU, RNN, RecurrentStack, CRF, got 'os.system'",
+            "class must be one of LSTM, GRU, RNN, RecurrentStack, CRF, ",
         ),
         (
             lambda f: edit(f, arguments={"input_size": 3, "hidden_sise": 4}),
