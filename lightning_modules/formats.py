@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -59,11 +59,15 @@ class Source(NamedTuple):
 
 
 class Tagged(NamedTuple):
-    """A sentence with the tag of each token, and, if they were asked for, how sure the model is."""
+    """A sentence with the tag of each token, and, if they were asked for, how sure the model is.
+
+    `others` holds the tags of further tasks, a list for each.
+    """
 
     source: Source
     tags: list[str]
     confidences: list[float] | None = None
+    others: Sequence[list[str]] = ()
 
 
 def token_spans(text: str, tokenizer: Tokenizer = "whitespace") -> list[Span]:
@@ -195,16 +199,19 @@ def _extent(sentence: Tagged, entity: Chunk) -> Span:
 
 
 def as_text(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write `word/TAG word/TAG ...`, a line a sentence, or `word/TAG/0.98` with confidences."""
+    """Write `word/TAG word/TAG ...`, a line a sentence.
+
+    After it stand the tags of further tasks, `word/TAG/TAG`, and last a confidence, `word/TAG/0.9`.
+    """
     for sentence in sentences:
-        cells: list[Iterable[str]] = [sentence.source.tokens, sentence.tags]
+        cells: list[Iterable[str]] = [sentence.source.tokens, sentence.tags, *sentence.others]
         if sentence.confidences is not None:
             cells.append(f"{value:.4f}" for value in sentence.confidences)
         yield " ".join("/".join(parts) for parts in zip(*cells, strict=True))
 
 
 def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write columns: the token, or all the columns that were read, then the tag.
+    """Write columns: the token, or all the columns that were read, then the tag of each task.
 
     A confidence is one more column. Lines that are not tokens stay as they are.
     """
@@ -213,7 +220,8 @@ def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator
         lines, rows = list(source.lines or source.tokens), source.rows or range(len(source.spans))
         gap = "\t" if not source.lines or any("\t" in line for line in lines) else " "
         for place, row in enumerate(rows):
-            lines[row] += gap + sentence.tags[place]
+            tags = [sentence.tags, *sentence.others]
+            lines[row] += "".join(gap + column[place] for column in tags)
             if sentence.confidences is not None:
                 lines[row] += f"{gap}{sentence.confidences[place]:.4f}"
         yield "".join(f"{line}\n" for line in lines)
@@ -227,6 +235,8 @@ def as_json(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
             {"text": text[start:end], "start": start, "end": end, "tag": tag}
             for (start, end), tag in zip(spans, sentence.tags, strict=True)
         ]
+        for place, token in enumerate(tokens if sentence.others else ()):
+            token["other_tags"] = [column[place] for column in sentence.others]
         for token, value in zip(tokens, sentence.confidences or (), strict=False):
             token["confidence"] = round(value, 4)
         result: dict[str, Any] = {"text": text, "tokens": tokens}

@@ -17,15 +17,16 @@ from .tagger_model import TaggerModel
 
 
 class _Emissions(nn.Module):
-    """A tagger's network, which takes no characters where it looks at none."""
+    """A tagger's network up to the emissions of each task; it takes what it looks at."""
 
     def __init__(self, model: TaggerModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, words: Tensor, lengths: Tensor, **characters: Tensor) -> Tensor:
-        unused = dict.fromkeys(("characters", "character_lengths", "spellings"), words)
-        return self.model(words, lengths, **(characters or unused))
+    def forward(self, words: Tensor, lengths: Tensor, **spelt: Tensor) -> tuple[Tensor, ...]:
+        names = ("characters", "character_lengths", "spellings", "casings")
+        features = self.model.encode(words, lengths, **(dict.fromkeys(names, words) | spelt))
+        return tuple(head.emission(features) for head in self.model.heads)
 
 
 class _Encoder(nn.Module):
@@ -44,9 +45,10 @@ def export_tagger(tagger: Tagger, path: str | Path) -> None:
     """Write a tagger up to its emissions.
 
     Inputs are `words` [B, T], `lengths` [B], `characters` [U, L], `character_lengths` [U] and
-    `spellings` [B, T], all int64, as `TaggerModel.forward` and a `TaggingBatch` have them; without
-    characters only the first two. The output is `emissions` [B, T, K]. Decoding stays outside: take
-    the arg max of each word, or give the emissions to `fusedrnn.crf.CRF.decode`.
+    `spellings` [B, T] and `casings` [U], all int64, as `TaggerModel.forward` and a `TaggingBatch`
+    have them, but only those that the model looks at. The output is `emissions` [B, T, K], and
+    `emissions_NAME` for each further task. Decoding stays outside: take the arg max of each word,
+    or give the emissions to `fusedrnn.crf.CRF.decode`.
 
     Args:
         tagger: the model; its mode does not matter.
@@ -59,6 +61,9 @@ def export_tagger(tagger: Tagger, path: str | Path) -> None:
     if tagger.model.characters is not None:
         inputs["characters"] = torch.ones(4, 5, dtype=torch.int64)
         inputs["character_lengths"] = torch.full((4,), 5)
+    if tagger.model.casings is not None:
+        inputs["casings"] = torch.ones(4, dtype=torch.int64)
+    if len(inputs) > 2:
         inputs["spellings"] = torch.ones(2, 3, dtype=torch.int64)
     dimensions = {
         "words": ("B", "T"),
@@ -66,8 +71,10 @@ def export_tagger(tagger: Tagger, path: str | Path) -> None:
         "characters": ("U", "L"),
         "character_lengths": ("U",),
         "spellings": ("B", "T"),
+        "casings": ("U",),
     }
-    export(_Emissions(tagger.model), path, inputs, dimensions, ["emissions"])
+    outputs = ["emissions", *(f"emissions_{task.name}" for task in tagger.codec.tasks[1:])]
+    export(_Emissions(tagger.model), path, inputs, dimensions, outputs)
 
 
 def export_encoder(seq2seq: Seq2Seq, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lightning_modules.base import Task
-from lightning_modules.data.tagging import IGNORED, TaggingBatch, TaggingCodec
+from lightning_modules.data.tagging import CASINGS, IGNORED, TaggingBatch, TaggingCodec, TagSet
 from lightning_modules.formats import (
     WRITERS,
     InputFormat,
@@ -43,23 +43,28 @@ class Tagger(Task):
 
     It logs `loss` (nats a word), `accuracy` (of words) and, for tags with a scheme, `precision`,
     `recall` and `f1` of entities as conlleval computes them; and tables of samples and of labels,
-    and a confusion matrix.
+    and a confusion matrix. With several tasks in the data those are of the first, the others' stand
+    under their names (`val/xpos/accuracy`), and the training loss is the sum over tasks.
 
     Args:
         codec: the codec of the data; on the command line it is linked from there.
         word_size: width of the word vectors; with pretrained vectors, theirs.
         character_size: width of the character vectors.
-        character_hidden_size: hidden units of the character LSTM, each direction; 0: no characters.
+        character_hidden_size: hidden units of the character LSTM, each direction; 0: no LSTM.
+        character_filters: filters of the character convolution, beside the LSTM; 0: none.
+        character_filter_width: characters that a filter sees, odd.
+        casing_size: width of the vectors of casing (lower, upper, title, ...); 0: none.
         hidden_sizes: hidden units of each layer of the stack, each direction.
         cell: the cell of the stack, such as "lstm", "lstm_peephole" or "gru".
         dropout: of the stack's input, between its layers and of its output.
         recurrent_dropout: of the stack's recurrent products.
+        variational_dropout: whether `dropout` draws one mask for all words of a sentence.
         character_dropout: of the character vectors.
         unk_probability: how often a word that occurs once is taken for an unknown one, in training.
         word_dropout: how often any other word is; its characters stay.
         residual: whether a layer of the stack above the first adds its input to its output.
         layer_norm: whether the input of those layers is normalised.
-        head: "crf" or "softmax".
+        head: "crf" or "softmax", for all tasks or a list with one for each.
         freeze_vectors: whether pretrained vectors stay as they are.
         optimizer: makes the optimizer.
         scheduler: makes the learning-rate scheduler, which steps once an epoch.
@@ -77,16 +82,20 @@ class Tagger(Task):
         word_size: int = 100,
         character_size: int = 30,
         character_hidden_size: int = 50,
+        character_filters: int = 0,
+        character_filter_width: int = 3,
+        casing_size: int = 0,
         hidden_sizes: Sequence[int] = (200,),
         cell: str = "lstm",
         dropout: float = 0.5,
         recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
         character_dropout: float = 0.0,
         unk_probability: float = 0.5,
         word_dropout: float = 0.0,
         residual: bool = False,
         layer_norm: bool = False,
-        head: Head = "crf",
+        head: Head | list[Head] = "crf",
         freeze_vectors: bool = False,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
@@ -95,10 +104,14 @@ class Tagger(Task):
             "word_size": word_size,
             "character_size": character_size,
             "character_hidden_size": character_hidden_size,
+            "character_filters": character_filters,
+            "character_filter_width": character_filter_width,
+            "casing_size": casing_size,
             "hidden_sizes": list(hidden_sizes),
             "cell": cell,
             "dropout": dropout,
             "recurrent_dropout": recurrent_dropout,
+            "variational_dropout": variational_dropout,
             "character_dropout": character_dropout,
             "unk_probability": unk_probability,
             "word_dropout": word_dropout,
@@ -115,22 +128,32 @@ class Tagger(Task):
             num_characters=len(codec.characters),
             tags=codec.tags.symbols,
             scheme=codec.encoding,
+            other_tasks=[(task.tags.symbols, task.encoding) for task in codec.tasks[1:]],
+            num_casings=len(CASINGS),
             first_rare=codec.frequent_words,
             vectors=codec.vectors,
             **arguments,
         )
-        self.scores = nn.ModuleDict({stage: Scores(codec) for stage in ("val", "test")})
+        self.scores = nn.ModuleDict(
+            {
+                stage: nn.ModuleList(Scores(task) for task in codec.tasks)
+                for stage in ("val", "test")
+            }
+        )
         self._samples: list[list[str]] = []
-        self._confusion: Tensor | None = None
+        self._confusions: list[Tensor] = []
 
     def forward(self, batch: TaggingBatch) -> Tensor:
-        """Score the tags of each word of a batch: [B, T, K]."""
-        return self.model(*batch[:5])
+        """Score the tags of each word of a batch in the first task: [B, T, K]."""
+        return self.model(*batch[:6])
 
     def training_step(self, batch: TaggingBatch, _: int) -> Tensor:
-        """Return the negative log-likelihood of the gold tags, a word."""
-        total, count = self.model.loss(self(batch), batch.tags, batch.lengths)
-        loss = total / count.clamp(min=1)
+        """Return the negative log-likelihood of the gold tags, a word, summed over tasks."""
+        features = self.model.encode(*batch[:6])
+        loss = features.new_zeros(())
+        for head, gold in zip(self.model.heads, [batch.tags, *batch.other_tags], strict=True):
+            total, count = head.loss(head.emission(features), gold, batch.lengths)
+            loss = loss + total / count.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.words))
         return loss
 
@@ -143,12 +166,20 @@ class Tagger(Task):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: TaggingBatch) -> None:
-        emissions = self(batch)
-        total, count = self.model.loss(emissions, batch.tags, batch.lengths)
-        paths = self.model.decode(emissions, batch.lengths)
-        predicted = self._names(paths, batch.lengths)
-        self._scores(stage).update(total, count, paths, batch, predicted)
-        rows = zip(batch.tokens or [], batch.tag_names or [], predicted, strict=True)
+        features = self.model.encode(*batch[:6])
+        tags = [batch.tags, *batch.other_tags]
+        names = [batch.tag_names or [], *batch.other_names]
+        columns = []
+        for place, head in enumerate(self.model.heads):
+            emissions = head.emission(features)
+            total, count = head.loss(emissions, tags[place], batch.lengths)
+            paths = head.decode(emissions, batch.lengths)
+            predicted = self._names(place, paths, batch.lengths)
+            self._scores(stage)[place].update(
+                total, count, paths, tags[place], names[place], predicted
+            )
+            columns.append(predicted)
+        rows = zip(batch.tokens or [], batch.tag_names or [], columns[0], strict=True)
         self._samples += [
             [" ".join(cell) for cell in row] for row in islice(rows, SAMPLES_PER_BATCH)
         ]
@@ -174,36 +205,41 @@ class Tagger(Task):
         self._draw("val")
 
     def _start(self, stage: str) -> None:
-        self._scores(stage).reset()
+        for scores in self._scores(stage):
+            scores.reset()
         self._samples = []
 
     def _report(self, stage: str) -> None:
-        values, labels, self._confusion = self._scores(stage).compute()
+        results = [scores.compute() for scores in self._scores(stage)]
+        self._confusions = [confusion for _, _, confusion in results]
         if self.trainer.sanity_checking:
             return
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
+        for task, (values, labels, _) in zip(self.codec.tasks, results, strict=True):
+            key = f"{stage}/{task.name}".rstrip("/")
+            self.log_dict({f"{key}/{name}": value for name, value in values.items()}, prog_bar=True)
+            columns = ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
+            log_table(self, f"{key}/labels", columns, labels)
         log_table(
             self, f"{stage}/samples", ["tokens", "gold", "predicted"], self._samples[:SAMPLES]
         )
-        columns = ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
-        log_table(self, f"{stage}/labels", columns, labels)
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._draw(stage)
 
-    def _scores(self, stage: str) -> Scores:
-        return cast(Scores, self.scores[stage])
+    def _scores(self, stage: str) -> list[Scores]:
+        return list(cast(Iterable[Scores], self.scores[stage]))
 
     def _draw(self, stage: str) -> None:
-        if self._confusion is not None:
-            figure = confusion_figure(self._confusion, [*self.codec.tags.symbols, UNSEEN])
-            log_figure(self, f"{stage}/confusion_matrix", figure)
+        for task, confusion in zip(self.codec.tasks, self._confusions, strict=False):
+            key = f"{stage}/{task.name}".rstrip("/")
+            figure = confusion_figure(confusion, [*task.tags.symbols, UNSEEN])
+            log_figure(self, f"{key}/confusion_matrix", figure)
 
     def tag(
         self,
         sentences: Sequence[str | Sequence[str]],
         batch_size: int = 32,
         tokenizer: Tokenizer = "whitespace",
-    ) -> list[list[tuple[str, str]]]:
+    ) -> list[list[tuple[str, ...]]]:
         """Tag sentences.
 
         Args:
@@ -213,7 +249,8 @@ class Tagger(Task):
                 punctuation marks, or into `characters`.
 
         Returns:
-            For each sentence its words with their tags; an empty list for one without words.
+            For each sentence its words, each with its tag in every task; an empty list for one
+            without words.
 
         Raises:
             ValueError: a single string, `batch_size` < 1, or an unknown tokenizer.
@@ -222,13 +259,18 @@ class Tagger(Task):
             raise ValueError("sentences: expected a list of sentences, got a single string")
         words = [tokenize(s, tokenizer) if isinstance(s, str) else list(s) for s in sentences]
         found = self._find(words, batch_size)
-        return [list(zip(w, tags, strict=True)) for w, (tags, _) in zip(words, found, strict=True)]
+        return [
+            list(zip(row, *tags, strict=True)) for row, (tags, _) in zip(words, found, strict=True)
+        ]
 
     @torch.inference_mode()
     def _find(
         self, sentences: Sequence[list[str]], batch_size: int, confidence: bool = False
-    ) -> list[tuple[list[str], list[float]]]:
-        """Find the tags of the words of each sentence and, if asked, the confidence in each."""
+    ) -> list[tuple[list[list[str]], list[float]]]:
+        """Find the tags of the words of each sentence, a list for each task.
+
+        With them come, if asked, the confidences in those of the first.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         was_training = self.training
@@ -237,20 +279,23 @@ class Tagger(Task):
         order = sorted(
             (i for i, row in enumerate(rows) if row.words), key=lambda i: len(rows[i].words)
         )
-        results: list[tuple[list[str], list[float]]] = [([], []) for _ in rows]
+        results = [([[] for _ in self.codec.tasks], cast(list[float], [])) for _ in rows]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self.transfer_batch_to_device(
                 self.codec.batch([rows[i] for i in chosen]), self.device, 0
             )
-            emissions = self(batch)
-            paths = self.model.decode(emissions, batch.lengths)
+            features = self.model.encode(*batch[:6])
+            columns: list[list[list[str]]] = []
             shares: list[list[float]] = [[] for _ in chosen]
-            if confidence:
-                shares = self.model.confidences(emissions, paths, batch.lengths).tolist()
-            names = self._names(paths, batch.lengths)
-            for i, tags, share in zip(chosen, names, shares, strict=True):
-                results[i] = tags, share[: len(tags)]
+            for place, head in enumerate(self.model.heads):
+                emissions = head.emission(features)
+                paths = head.decode(emissions, batch.lengths)
+                if confidence and place == 0:
+                    shares = head.confidences(emissions, paths, batch.lengths).tolist()
+                columns.append(self._names(place, paths, batch.lengths))
+            for i, share, *tags in zip(chosen, shares, *columns, strict=True):
+                results[i] = tags, share[: len(tags[0])]
         self.train(was_training)
         return results
 
@@ -279,7 +324,8 @@ class Tagger(Task):
                 object with tokens, entities and offsets; `brat`: stand-off annotations; `html`: a
                 page with coloured entities; `ansi`: coloured for a terminal.
             token_column: of `conll`, the index of the token.
-            confidence: whether to write the probability of each tag (with a CRF, its marginal).
+            confidence: whether to write the probability of each tag (with a CRF, its marginal); of
+                several tasks, those of the first.
 
         Yields:
             The results, in order.
@@ -291,7 +337,9 @@ class Tagger(Task):
         )
         tagged = self._tagged(sources, batch_size, confidence)
         if tags_only:
-            yield from (" ".join(sentence.tags) for sentence in tagged)
+            for sentence in tagged:
+                rows = zip(sentence.tags, *sentence.others, strict=True)
+                yield " ".join("/".join(row) for row in rows)
         else:
             yield from WRITERS[format](tagged, self.codec.scheme)
 
@@ -301,35 +349,37 @@ class Tagger(Task):
         while chunk := list(islice(sources, max(1, batch_size))):
             found = self._find([source.tokens for source in chunk], batch_size, confidence)
             for source, (tags, shares) in zip(chunk, found, strict=True):
-                yield Tagged(source, tags, shares if confidence else None)
+                yield Tagged(source, tags[0], shares if confidence else None, tags[1:])
 
-    def _names(self, paths: Tensor, lengths: Tensor) -> list[list[str]]:
+    def _names(self, place: int, paths: Tensor, lengths: Tensor) -> list[list[str]]:
+        task = self.codec.tasks[place]
         rows = zip(paths.tolist(), lengths.tolist(), strict=True)
-        return [self.codec.decode_tags(row[:length]) for row, length in rows]
+        return [task.decode(row[:length]) for row, length in rows]
 
 
 class Scores(nn.Module):
-    """What a stage of evaluation counts: exact sums over batches and processes.
+    """What a stage of evaluation counts of a task: exact sums over batches and processes.
 
     Args:
-        codec: the codec of the tags.
+        task: the tags.
     """
 
-    def __init__(self, codec: TaggingCodec) -> None:
+    def __init__(self, task: TagSet) -> None:
         super().__init__()
-        self.tags = codec.tags.symbols
+        self.tags = task.tags.symbols
         classes = len(self.tags) + 1
         self.loss = MeanMetric().set_dtype(torch.float64)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED)
-        self.spans = None if codec.scheme is None else SpanF1(codec.labels)
+        self.spans = None if task.scheme is None else SpanF1(task.labels)
 
     def update(
         self,
         total: Tensor,
         count: Tensor,
         paths: Tensor,
-        batch: TaggingBatch,
+        tags: Tensor,
+        names: list[list[str]],
         predicted: list[list[str]],
     ) -> None:
         """Count a batch.
@@ -338,17 +388,18 @@ class Scores(nn.Module):
             total: sum of the loss over words.
             count: number of those words.
             paths: [B, T] the predicted tags, -1 past the end.
-            batch: the batch, with gold tags.
+            tags: [B, T] the gold tags, -100 for those that are not learnt.
+            names: the names of the gold tags.
             predicted: the names of the predicted tags.
         """
         self.loss.update(total.double() / count.clamp(min=1), count)
         past = paths < 0
-        gold = torch.where(batch.tags < 0, len(self.tags), batch.tags).masked_fill(past, IGNORED)
+        gold = torch.where(tags < 0, len(self.tags), tags).masked_fill(past, IGNORED)
         paths = paths.masked_fill(past, 0)
         self.accuracy.update(paths, gold)
         self.confusion.update(paths, gold)
         if self.spans is not None:
-            self.spans.update(predicted, batch.tag_names or [])
+            self.spans.update(predicted, names)
 
     def compute(self) -> tuple[dict[str, Tensor], list[list[Any]], Tensor]:
         """Return the scores by name, the table of labels, and the confusion matrix."""

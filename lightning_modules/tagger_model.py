@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,174 +66,99 @@ class WordEmbedding(nn.Module):
 
 
 class CharacterEncoder(nn.Module):
-    """A bidirectional LSTM over the characters of words; its two final states represent the word.
+    """What the spelling of words says: a bidirectional LSTM, a convolution, or both side by side.
 
-    Ling et al. 2015; Lample et al. 2016.
+    The two final states of the LSTM represent the word (Ling et al. 2015; Lample et al. 2016), and
+    so does the maximum over the word of each filter of the convolution (Ma and Hovy 2016).
 
     Args:
         num_characters: characters, 0 being padding.
         size: width of their vectors.
-        hidden_size: hidden units of each direction.
+        hidden_size: hidden units of each direction of the LSTM; 0: no LSTM.
+        filters: filters of the convolution; 0: none.
+        filter_width: characters that a filter sees, odd.
         dropout: probability that an element of the characters' vectors is zeroed, in training.
     """
 
     def __init__(
-        self, num_characters: int, size: int, hidden_size: int, dropout: float = 0.0
+        self,
+        num_characters: int,
+        size: int,
+        hidden_size: int,
+        filters: int = 0,
+        filter_width: int = 3,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_characters, size, padding_idx=0)
         bound = math.sqrt(3 / size)
         nn.init.uniform_(self.embedding.weight[1:], -bound, bound)
         self.dropout = nn.Dropout(dropout)
-        self.lstm = LSTM(size, hidden_size, batch_first=True, bidirectional=True)
-        self.output_size = 2 * hidden_size
+        self.lstm = (
+            LSTM(size, hidden_size, batch_first=True, bidirectional=True) if hidden_size else None
+        )
+        self.convolution = (
+            nn.Conv1d(size, filters, filter_width, padding=filter_width // 2) if filters else None
+        )
+        self.output_size = 2 * hidden_size + filters
 
     def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
-        """Encode U words: characters [U, L] int64 and lengths [U] to [U, 2 * hidden_size]."""
+        """Encode U words: characters [U, L] int64 and lengths [U] to [U, output_size]."""
         embedded = self.dropout(self.embedding(characters))
-        _, (hidden, _) = self.lstm(embedded, lengths=lengths)
-        return hidden.transpose(0, 1).flatten(1)
+        encoded = []
+        if self.lstm is not None:
+            _, (hidden, _) = self.lstm(embedded, lengths=lengths)
+            encoded.append(hidden.transpose(0, 1).flatten(1))
+        if self.convolution is not None:
+            steps = torch.arange(characters.shape[1], device=characters.device)
+            past = (steps >= lengths[:, None])[:, None]
+            filtered = self.convolution(embedded.transpose(1, 2).masked_fill(past, 0))
+            encoded.append(filtered.masked_fill(past, -math.inf).amax(2))
+        return torch.cat(encoded, -1)
 
 
-@saveable
-class TaggerModel(nn.Module):
-    """Words and their characters -> recurrent stack -> a score for each tag -> softmax or CRF.
-
-    Huang et al. 2015; Lample et al. 2016; Ma and Hovy 2016.
+class SequenceDropout(nn.Module):
+    """Dropout with one mask for all the words of a sentence (Gal and Ghahramani 2016).
 
     Args:
-        num_words: words with a trained vector; 0 is padding and 1 the unknown word.
-        num_fixed: words with a fixed vector, numbered after those.
-        num_characters: characters, 0 being padding.
-        tags: the names of the K tags.
-        scheme: the scheme of `tags` that the CRF keeps to, or None.
-        first_rare: the words from this number on, up to `num_words`, occur once in training.
-        word_size: width of the word vectors.
-        character_size: width of the character vectors.
-        character_hidden_size: hidden units of the character LSTM, each direction; 0: no characters.
-        hidden_sizes: hidden units of each layer of the stack, each direction.
-        cell: the cell of the stack, a name in `kernels.CELLS` or "lstm", "gru", "rnn".
-        dropout: of the stack's input, between its layers and of its output.
-        recurrent_dropout: of the stack's recurrent products.
-        character_dropout: of the character vectors.
-        unk_probability: how often a rare word is taken for the unknown word, in training.
-        word_dropout: how often any other word is.
-        residual: whether a layer of the stack above the first adds its input to its output.
-        layer_norm: whether the input of those layers is normalised.
-        head: "crf" or "softmax".
-        vectors: pretrained word vectors, as for `WordEmbedding`.
-        freeze_vectors: whether they stay as they are.
-
-    Raises:
-        ValueError: a size that is not positive, a probability outside [0, 1), an unknown head or
-            cell, no tags, tags outside the scheme.
+        probability: that a feature is zeroed, in training.
     """
 
-    def __init__(
-        self,
-        num_words: int,
-        num_fixed: int,
-        num_characters: int,
-        tags: Sequence[str],
-        scheme: str | None = None,
-        first_rare: int | None = None,
-        word_size: int = 100,
-        character_size: int = 30,
-        character_hidden_size: int = 50,
-        hidden_sizes: Sequence[int] = (200,),
-        cell: str = "lstm",
-        dropout: float = 0.5,
-        recurrent_dropout: float = 0.0,
-        character_dropout: float = 0.0,
-        unk_probability: float = 0.0,
-        word_dropout: float = 0.0,
-        residual: bool = False,
-        layer_norm: bool = False,
-        head: Head = "crf",
-        vectors: Tensor | None = None,
-        freeze_vectors: bool = False,
-    ) -> None:
+    def __init__(self, probability: float) -> None:
         super().__init__()
-        for name, sizes in (
-            ("word_size", [word_size]),
-            ("character_size", [character_size]),
-            ("hidden_sizes", list(hidden_sizes)),
-        ):
-            if not sizes or min(sizes) < 1:
-                raise ValueError(f"{name}: expected positive numbers, got {sizes}")
-        if character_hidden_size < 0:
-            raise ValueError(
-                f"character_hidden_size: expected 0 or more, got {character_hidden_size}"
-            )
-        for name, value in (
-            ("dropout", dropout),
-            ("character_dropout", character_dropout),
-            ("unk_probability", unk_probability),
-            ("word_dropout", word_dropout),
-        ):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        self.dropout = nn.Dropout(probability)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Drop from [B, T, C]."""
+        if not self.training:
+            return features
+        return features * self.dropout(torch.ones_like(features[:, :1]))
+
+
+class TagHead(nn.Module):
+    """From features of words to the tags of one task: a linear map, and a CRF or a softmax over it.
+
+    Args:
+        size: width of the features.
+        tags: the names of the K tags.
+        scheme: the scheme of `tags` that the CRF keeps to, or None.
+        head: "crf" or "softmax".
+
+    Raises:
+        ValueError: an unknown head, no tags, tags outside the scheme.
+    """
+
+    def __init__(self, size: int, tags: Sequence[str], scheme: str | None, head: Head) -> None:
+        super().__init__()
+        self._build_head(size, tags, scheme, head)
+
+    def _build_head(self, size: int, tags: Sequence[str], scheme: str | None, head: Head) -> None:
         if head not in ("crf", "softmax"):
             raise ValueError(f"head: expected crf or softmax, got {head!r}")
         if not tags:
             raise ValueError("tags: expected at least one")
-        if vectors is not None and vectors.shape[1] != word_size:
-            raise ValueError(
-                f"word_size: expected {vectors.shape[1]}, the width of the pretrained vectors, "
-                f"got {word_size}"
-            )
-        self.words = WordEmbedding(num_words, num_fixed, word_size, vectors, freeze_vectors)
-        self.characters = None
-        width = word_size
-        if character_hidden_size:
-            self.characters = CharacterEncoder(
-                num_characters, character_size, character_hidden_size, character_dropout
-            )
-            width += self.characters.output_size
-        self.dropout = nn.Dropout(dropout)
-        self.stack = RecurrentStack(
-            width,
-            hidden_sizes,
-            cell=cell,
-            bidirectional=True,
-            dropout=dropout,
-            residual=residual,
-            layer_norm=layer_norm,
-            batch_first=True,
-            recurrent_dropout=recurrent_dropout,
-        )
-        self.emission = nn.Linear(self.stack.output_size, len(tags))
+        self.emission = nn.Linear(size, len(tags))
         self.crf = CRF(len(tags), tags, scheme) if head == "crf" else None
-        self.rare = range(num_words if first_rare is None else first_rare, num_words)
-        self.unk_probability = unk_probability
-        self.word_dropout = word_dropout
-
-    def forward(
-        self,
-        words: Tensor,
-        lengths: Tensor,
-        characters: Tensor,
-        character_lengths: Tensor,
-        spellings: Tensor,
-    ) -> Tensor:
-        """Score the tags of each word.
-
-        Args:
-            words: [B, T] int64, numbers of the words.
-            lengths: [B] int64.
-            characters: [U, L] int64, of the distinct spellings.
-            character_lengths: [U] int64.
-            spellings: [B, T] int64, the row of `characters` of each word.
-
-        Returns:
-            Emissions [B, T, K].
-        """
-        features = [self.words(self._forget(words))]
-        if self.characters is not None:
-            spelt = self.characters(characters, character_lengths)
-            features.append(F.embedding(spellings, spelt))
-        features, _ = self.stack(self.dropout(torch.cat(features, -1)), lengths=lengths)
-        return self.emission(self.dropout(features))
 
     def loss(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the negative log-likelihood of the gold tags, in nats.
@@ -292,6 +217,202 @@ class TaggerModel(nn.Module):
         else:
             shares = emissions.float().softmax(-1)
         return shares.gather(-1, paths.clamp(min=0)[..., None])[..., 0]
+
+
+@saveable
+class TaggerModel(TagHead):
+    """Words and their characters -> recurrent stack -> a score for each tag -> softmax or CRF.
+
+    Huang et al. 2015; Lample et al. 2016; Ma and Hovy 2016. With more than one task the stack is
+    shared; the model itself is the head of the first, `heads` has them all.
+
+    Args:
+        num_words: words with a trained vector; 0 is padding and 1 the unknown word.
+        num_fixed: words with a fixed vector, numbered after those.
+        num_characters: characters, 0 being padding.
+        num_casings: classes of casing.
+        tags: the names of the K tags.
+        scheme: the scheme of `tags` that the CRF keeps to, or None.
+        other_tasks: tags and scheme of each further task.
+        first_rare: the words from this number on, up to `num_words`, occur once in training.
+        word_size: width of the word vectors.
+        character_size: width of the character vectors.
+        character_hidden_size: hidden units of the character LSTM, each direction; 0: no LSTM.
+        character_filters: filters of the character convolution; 0: none.
+        character_filter_width: characters that a filter sees, odd.
+        casing_size: width of the vectors of casing; 0: none.
+        hidden_sizes: hidden units of each layer of the stack, each direction.
+        cell: the cell of the stack, a name in `kernels.CELLS` or "lstm", "gru", "rnn".
+        dropout: of the stack's input, between its layers and of its output.
+        recurrent_dropout: of the stack's recurrent products.
+        variational_dropout: whether `dropout` draws one mask for all words of a sentence.
+        character_dropout: of the character vectors.
+        unk_probability: how often a rare word is taken for the unknown word, in training.
+        word_dropout: how often any other word is.
+        residual: whether a layer of the stack above the first adds its input to its output.
+        layer_norm: whether the input of those layers is normalised.
+        head: "crf" or "softmax", for all tasks or a list with one for each.
+        vectors: pretrained word vectors, as for `WordEmbedding`.
+        freeze_vectors: whether they stay as they are.
+
+    Raises:
+        ValueError: a size that is not positive, an even `character_filter_width`, a probability
+            outside [0, 1), an unknown head or cell, no tags, tags outside the scheme, not as many
+            heads as tasks.
+    """
+
+    def __init__(
+        self,
+        num_words: int,
+        num_fixed: int,
+        num_characters: int,
+        tags: Sequence[str],
+        scheme: str | None = None,
+        other_tasks: Sequence[tuple[Sequence[str], str | None]] = (),
+        num_casings: int = 0,
+        first_rare: int | None = None,
+        word_size: int = 100,
+        character_size: int = 30,
+        character_hidden_size: int = 50,
+        character_filters: int = 0,
+        character_filter_width: int = 3,
+        casing_size: int = 0,
+        hidden_sizes: Sequence[int] = (200,),
+        cell: str = "lstm",
+        dropout: float = 0.5,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        character_dropout: float = 0.0,
+        unk_probability: float = 0.0,
+        word_dropout: float = 0.0,
+        residual: bool = False,
+        layer_norm: bool = False,
+        head: Head | Sequence[Head] = "crf",
+        vectors: Tensor | None = None,
+        freeze_vectors: bool = False,
+    ) -> None:
+        for name, sizes in (
+            ("word_size", [word_size]),
+            ("character_size", [character_size]),
+            ("hidden_sizes", list(hidden_sizes)),
+        ):
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name}: expected positive numbers, got {sizes}")
+        for name, size in (
+            ("character_hidden_size", character_hidden_size),
+            ("character_filters", character_filters),
+            ("casing_size", casing_size),
+        ):
+            if size < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {size}")
+        if character_filter_width < 1 or character_filter_width % 2 == 0:
+            raise ValueError(
+                f"character_filter_width: expected an odd number, got {character_filter_width}"
+            )
+        for name, value in (
+            ("dropout", dropout),
+            ("character_dropout", character_dropout),
+            ("unk_probability", unk_probability),
+            ("word_dropout", word_dropout),
+        ):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+        heads = [head] * (1 + len(other_tasks)) if isinstance(head, str) else list(head)
+        if len(heads) != 1 + len(other_tasks):
+            raise ValueError(
+                f"head: expected one for each of {1 + len(other_tasks)} tasks, got {head}"
+            )
+        if vectors is not None and vectors.shape[1] != word_size:
+            raise ValueError(
+                f"word_size: expected {vectors.shape[1]}, the width of the pretrained vectors, "
+                f"got {word_size}"
+            )
+        nn.Module.__init__(self)  # the head comes last: optimizer states go by this order
+        self.words = WordEmbedding(num_words, num_fixed, word_size, vectors, freeze_vectors)
+        self.characters = None
+        width = word_size + casing_size
+        if character_hidden_size or character_filters:
+            self.characters = CharacterEncoder(
+                num_characters,
+                character_size,
+                character_hidden_size,
+                character_filters,
+                character_filter_width,
+                character_dropout,
+            )
+            width += self.characters.output_size
+        self.casings = nn.Embedding(num_casings, casing_size) if casing_size else None
+        self.dropout = SequenceDropout(dropout) if variational_dropout else nn.Dropout(dropout)
+        self.stack = RecurrentStack(
+            width,
+            hidden_sizes,
+            cell=cell,
+            bidirectional=True,
+            dropout=dropout,
+            variational_dropout=variational_dropout,
+            residual=residual,
+            layer_norm=layer_norm,
+            batch_first=True,
+            recurrent_dropout=recurrent_dropout,
+        )
+        self._build_head(self.stack.output_size, tags, scheme, heads[0])
+        self.others = nn.ModuleList(
+            TagHead(self.stack.output_size, *task, kind)
+            for task, kind in zip(other_tasks, heads[1:], strict=True)
+        )
+        self.rare = range(num_words if first_rare is None else first_rare, num_words)
+        self.unk_probability = unk_probability
+        self.word_dropout = word_dropout
+
+    @property
+    def heads(self) -> list[TagHead]:
+        """The head of each task, the first being this model."""
+        return [self, *cast(Iterable[TagHead], self.others)]
+
+    def forward(
+        self,
+        words: Tensor,
+        lengths: Tensor,
+        characters: Tensor,
+        character_lengths: Tensor,
+        spellings: Tensor,
+        casings: Tensor,
+    ) -> Tensor:
+        """Score the tags of each word in the first task.
+
+        Args:
+            words: [B, T] int64, numbers of the words.
+            lengths: [B] int64.
+            characters: [U, L] int64, of the distinct spellings.
+            character_lengths: [U] int64.
+            spellings: [B, T] int64, the row of `characters` of each word.
+            casings: [U] int64, the casing of each distinct spelling.
+
+        Returns:
+            Emissions [B, T, K].
+        """
+        return self.emission(
+            self.encode(words, lengths, characters, character_lengths, spellings, casings)
+        )
+
+    def encode(
+        self,
+        words: Tensor,
+        lengths: Tensor,
+        characters: Tensor,
+        character_lengths: Tensor,
+        spellings: Tensor,
+        casings: Tensor,
+    ) -> Tensor:
+        """Return what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
+        features = [self.words(self._forget(words))]
+        if self.characters is not None:
+            spelt = self.characters(characters, character_lengths)
+            features.append(F.embedding(spellings, spelt))
+        if self.casings is not None:
+            features.append(F.embedding(spellings, self.casings(casings)))
+        encoded, _ = self.stack(self.dropout(torch.cat(features, -1)), lengths=lengths)
+        return self.dropout(encoded)
 
     def _forget(self, words: Tensor) -> Tensor:
         """Take some words for the unknown word: its vector is learnt, and spellings matter more."""

@@ -26,10 +26,14 @@ _DOCUMENT = "-DOCSTART-"
 
 
 class Sentence(NamedTuple):
-    """The tokens of a sentence and their tags, lists of the same length."""
+    """The tokens of a sentence and their tags, lists of the same length.
+
+    `others` holds the tags of further columns, if such were read.
+    """
 
     tokens: list[str]
     tags: list[str]
+    others: tuple[list[str], ...] = ()
 
 
 def read_conllu(

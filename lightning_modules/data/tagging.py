@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import datasets
 import lightning as L
@@ -37,6 +37,9 @@ BUILTIN = "turkish-treebanks"
 
 Scheme = Literal["BIO", "IOB1", "BIOES"]
 
+CASINGS = ("other", "lower", "upper", "title", "mixed", "numeric", "with digit")
+"""How a word is written, as far as letters and digits tell (Collobert et al. 2011)."""
+
 _TABLES = (".json", ".jsonl", ".parquet")
 
 
@@ -49,10 +52,13 @@ class TaggingBatch(NamedTuple):
         characters: [U, L] int64, the characters of the U distinct spellings of the batch.
         character_lengths: [U] int64.
         spellings: [B, T] int64, the row of `characters` of each word.
+        casings: [U] int64, the casing of each spelling, a place in `CASINGS`.
         tags: [B, T] int64, -100 at padding and at tags that are not in the training split.
         num_tokens: the sum of `lengths`.
         tokens: the words themselves, for evaluation; None in training.
         tag_names: their gold tags as they were read, for evaluation; None where there are none.
+        other_tags: `tags` of each further task.
+        other_names: `tag_names` of each further task; empty where there are none.
     """
 
     words: Tensor
@@ -60,10 +66,59 @@ class TaggingBatch(NamedTuple):
     characters: Tensor
     character_lengths: Tensor
     spellings: Tensor
+    casings: Tensor
     tags: Tensor
     num_tokens: int
     tokens: list[list[str]] | None = None
     tag_names: list[list[str]] | None = None
+    other_tags: tuple[Tensor, ...] = ()
+    other_names: tuple[list[list[str]], ...] = ()
+
+
+class TagSet(NamedTuple):
+    """The tags of one task.
+
+    Attributes:
+        name: of the task; the column its tags come from.
+        tags: the tags that are learnt, without special ones.
+        scheme: the scheme that tags are read and written in: None, "BIO" or "BIOES".
+        encoding: the scheme of `tags`.
+    """
+
+    name: str
+    tags: Vocabulary
+    scheme: str | None = None
+    encoding: str | None = None
+
+    @classmethod
+    def from_names(
+        cls,
+        name: str,
+        sentences: Iterable[Sequence[str]],
+        scheme: str | None = None,
+        encoding: str | None = None,
+    ) -> TagSet:
+        """Collect the tags of the training split; arguments as the attributes."""
+        found: set[str] = set()
+        for names in sentences:
+            found.update(names if encoding is None else convert(names, encoding))
+        return cls(name, Vocabulary(sorted(found, key=_tag_order), ()), scheme, encoding)
+
+    @property
+    def labels(self) -> list[str]:
+        """The entity types of the tags, in order; empty without a scheme."""
+        kinds = (tag.partition("-")[2] for tag in self.tags.symbols)
+        return [] if self.scheme is None else list(dict.fromkeys(filter(None, kinds)))
+
+    def encode(self, names: Sequence[str]) -> list[int]:
+        """Return the numbers of the tags of a sentence, -100 for one that is not learnt."""
+        names = names if self.encoding is None else convert(names, self.encoding)
+        return [self.tags.index(name, IGNORED) for name in names]
+
+    def decode(self, numbers: Sequence[int]) -> list[str]:
+        """Return the tags of a sentence, in `scheme`."""
+        names = self.tags.decode(numbers)
+        return names if self.scheme in (None, self.encoding) else convert(names, str(self.scheme))
 
 
 class TaggingCodec:
@@ -77,16 +132,18 @@ class TaggingCodec:
     Args:
         words: the words.
         characters: the characters.
-        tags: the tags that are learnt, without special ones.
+        tags: the tags that are learnt in the first task, without special ones.
         known_words: how many of `words` are special or in the training split.
         frequent_words: how many of those are special or occur there more than once.
-        scheme: the scheme that tags are read and written in: None, "BIO" or "BIOES".
+        scheme: the scheme that those tags are read and written in: None, "BIO" or "BIOES".
         encoding: the scheme of `tags`.
         lowercase: whether words are looked up in lower case.
         digits: whether words are looked up with all digits as 0.
         max_characters: of a longer word only the head and the tail count, this many together.
+        others: the tags of further tasks by their names.
 
     Attributes:
+        tasks: the tags of each task, the first being that of `tags`.
         vectors: [words, width] float32, pretrained vectors, NaN where a word has none; None
             without, and after `from_dict`: weights travel with the model.
     """
@@ -103,12 +160,17 @@ class TaggingCodec:
         lowercase: bool = False,
         digits: bool = False,
         max_characters: int = 32,
+        others: Mapping[str, Vocabulary] | None = None,
     ) -> None:
         self.words, self.characters, self.tags = words, characters, tags
         self.known_words, self.frequent_words = known_words, frequent_words
         self.scheme, self.encoding = scheme, encoding
         self.lowercase, self.digits = lowercase, digits
         self.max_characters = max_characters
+        self.tasks = [
+            TagSet("", tags, scheme, encoding),
+            *(TagSet(name, symbols) for name, symbols in (others or {}).items()),
+        ]
         self.vectors: Tensor | None = None
 
     @classmethod
@@ -122,6 +184,7 @@ class TaggingCodec:
         lowercase: bool = False,
         digits: bool = False,
         max_characters: int = 32,
+        others: Sequence[str] = (),
     ) -> TaggingCodec:
         """Build a codec from the training split.
 
@@ -134,16 +197,21 @@ class TaggingCodec:
             lowercase: as in the constructor.
             digits: as in the constructor.
             max_characters: as in the constructor.
+            others: the names of the further tasks, whose tags the sentences hold in this order.
         """
+        sentences = list(sentences)
         scheme = "BIO" if scheme == "IOB1" else scheme
         encoding = scheme if encoding is None else encoding
         counts: Counter[str] = Counter()
         characters: Counter[str] = Counter()
-        tags: set[str] = set()
-        for tokens, names in sentences:
+        for sentence in sentences:
+            tokens = sentence.tokens
             counts.update(_normalise(token, lowercase, digits) for token in tokens)
             characters.update(character for token in tokens for character in token)
-            tags.update(names if encoding is None else convert(names, encoding))
+        further = {
+            name: TagSet.from_names(name, (s.others[place] for s in sentences)).tags
+            for place, name in enumerate(others)
+        }
         words = Vocabulary.from_counts(counts, min_count)
         known = len(words)
         frequent = sum(word not in counts or counts[word] > 1 for word in words.symbols)
@@ -153,7 +221,7 @@ class TaggingCodec:
         codec = cls(
             words,
             Vocabulary.from_counts(characters, min_count=2),  # the others train the unknown one
-            Vocabulary(sorted(tags, key=_tag_order), ()),
+            TagSet.from_names("", (s.tags for s in sentences), scheme, encoding).tags,
             known,
             frequent,
             scheme,
@@ -161,6 +229,7 @@ class TaggingCodec:
             lowercase,
             digits,
             max_characters,
+            further,
         )
         if vectors is not None:
             codec.vectors = codec._match(vectors)
@@ -176,7 +245,7 @@ class TaggingCodec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for a checkpoint."""
-        return {
+        data = {
             "words": self.words.to_list(),
             "characters": self.characters.to_list(),
             "tags": self.tags.to_list(),
@@ -188,19 +257,21 @@ class TaggingCodec:
             "digits": self.digits,
             "max_characters": self.max_characters,
         }
+        others = {task.name: task.tags.to_list() for task in self.tasks[1:]}
+        return data | {"others": others} if others else data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TaggingCodec:
         """Restore a codec from what `to_dict` returned."""
         names = ("words", "characters", "tags")
         vocabularies = {name: Vocabulary(data[name], ()) for name in names}
-        return cls(**{**data, **vocabularies})
+        others = {name: Vocabulary(tags, ()) for name, tags in data.get("others", {}).items()}
+        return cls(**{**data, **vocabularies, "others": others})
 
     @property
     def labels(self) -> list[str]:
-        """The entity types of the tags, in order; empty without a scheme."""
-        kinds = (tag.partition("-")[2] for tag in self.tags.symbols)
-        return [] if self.scheme is None else list(dict.fromkeys(filter(None, kinds)))
+        """The entity types of the first task's tags, in order; empty without a scheme."""
+        return self.tasks[0].labels
 
     def word(self, token: str) -> int:
         """Return the number of a word."""
@@ -216,16 +287,6 @@ class TaggingCodec:
             token = token[:head] + token[head - self.max_characters :]
         return self.characters.encode(token) or [self.characters.index("")]
 
-    def encode_tags(self, names: Sequence[str]) -> list[int]:
-        """Return the numbers of the tags of a sentence, -100 for one that is not learnt."""
-        names = names if self.encoding is None else convert(names, self.encoding)
-        return [self.tags.index(name, IGNORED) for name in names]
-
-    def decode_tags(self, numbers: Sequence[int]) -> list[str]:
-        """Return the tags of a sentence, in `scheme`."""
-        names = self.tags.decode(numbers)
-        return names if self.scheme in (None, self.encoding) else convert(names, str(self.scheme))
-
     def encode(self, sentence: Sentence, training: bool = False) -> Row:
         """Encode a tagged sentence.
 
@@ -233,13 +294,23 @@ class TaggingCodec:
             sentence: tokens and tags.
             training: whether to leave out the tags' names, which only evaluation looks at.
         """
-        tags = self.encode_tags(sentence.tags)
         words = [self.word(token) for token in sentence.tokens]
-        return Row(words, sentence.tokens, tags, None if training else sentence.tags)
+        names = [sentence.tags, *sentence.others]
+        tags = [task.encode(row) for task, row in zip(self.tasks, names, strict=True)]
+        return Row(
+            words,
+            sentence.tokens,
+            tags[0],
+            None if training else sentence.tags,
+            tuple(tags[1:]),
+            () if training else sentence.others,
+        )
 
     def untagged(self, tokens: list[str]) -> Row:
         """Encode a sentence whose tags are to be found."""
-        return Row([self.word(token) for token in tokens], tokens, [IGNORED] * len(tokens), None)
+        ignored = [IGNORED] * len(tokens)
+        words = [self.word(token) for token in tokens]
+        return Row(words, tokens, ignored, None, (ignored,) * (len(self.tasks) - 1))
 
     def batch(self, rows: Sequence[Row]) -> TaggingBatch:
         """Make a batch of encoded sentences, each of at least one word."""
@@ -256,20 +327,30 @@ class TaggingCodec:
             characters=pad(characters),
             character_lengths=lengths(characters),
             spellings=pad(spellings),
+            casings=torch.tensor([casing(token) for token in distinct], dtype=torch.int64),
             tags=pad([row.tags for row in rows], IGNORED),
             num_tokens=int(sizes.sum()),
             tokens=[row.tokens for row in rows] if evaluated else None,
             tag_names=[row.tag_names or [] for row in rows] if evaluated else None,
+            other_tags=tuple(
+                pad(list(tags), IGNORED)
+                for tags in zip(*(row.other_tags for row in rows), strict=True)
+            ),
+            other_names=tuple(
+                list(names) for names in zip(*(row.other_names for row in rows), strict=True)
+            ),
         )
 
 
 class Row(NamedTuple):
-    """An encoded sentence."""
+    """An encoded sentence; `other_tags` and `other_names` are those of further tasks."""
 
     words: list[int]
     tokens: list[str]
     tags: list[int]
     tag_names: list[str] | None
+    other_tags: tuple[list[int], ...] = ()
+    other_names: tuple[list[str], ...] = ()
 
 
 class TaggingData(L.LightningDataModule):
@@ -299,11 +380,13 @@ class TaggingData(L.LightningDataModule):
         token_column: name, or in CoNLL columns the index, of the column of tokens (default
             `tokens`, 0). CoNLL-U has but one.
         tag_column: name or index of the column of tags (default `tags`, -1, or for CoNLL-U `upos`;
-            there also `feats:KEY`).
+            there also `feats:KEY`). Of a list each column is a task that is learnt with the
+            others, such as [upos, xpos, feats]; the first is the main one.
         delimiter: of CoNLL columns: "\t", or " " for runs of spaces and tabs; None: a tab if the
             first line has one.
         scheme: the scheme of tags that mark entities: BIO, IOB1 (also of files with I- alone) or
-            BIOES. None: tags are single labels, as parts of speech are.
+            BIOES. None: tags are single labels, as parts of speech are. It is the first task's;
+            the tags of further ones are single labels.
         encoding: the scheme to learn, BIO or BIOES; None: `scheme`. Results are in `scheme` again.
         vectors: pretrained word vectors, a text file in the format of GloVe or fastText.
         max_vectors: how many of them to read; None: all.
@@ -331,7 +414,7 @@ class TaggingData(L.LightningDataModule):
         dataset: str | None = None,
         config: str | None = None,
         token_column: int | str | None = None,
-        tag_column: int | str | None = None,
+        tag_column: int | str | Sequence[int | str] | None = None,
         delimiter: str | None = None,
         scheme: Scheme | None = None,
         encoding: Literal["BIO", "BIOES"] | None = None,
@@ -363,7 +446,11 @@ class TaggingData(L.LightningDataModule):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         check_limits(batch_size, max_tokens, num_workers)
         self.dataset, self.config = dataset, config
-        self.token_column, self.tag_column, self.delimiter = token_column, tag_column, delimiter
+        self.token_column, self.delimiter = token_column, delimiter
+        listed = tag_column is not None and not isinstance(tag_column, int | str)
+        self.tag_columns = list(cast(Any, tag_column)) if listed else [cast(Any, tag_column)]
+        if len(set(self.tag_columns)) != len(self.tag_columns) or not self.tag_columns:
+            raise ValueError(f"tag_column: expected distinct columns, got {self.tag_columns}")
         self.scheme = scheme
         self.vectors, self.max_vectors = vectors, max_vectors
         self.max_length = max_length
@@ -390,7 +477,11 @@ class TaggingData(L.LightningDataModule):
         if self.vectors is not None:
             vectors = read_vectors(self.vectors, self.max_vectors)
         codec = TaggingCodec.from_sentences(
-            self.sentences("train"), self.scheme, vectors=vectors, **self._codec_options
+            self.sentences("train"),
+            self.scheme,
+            vectors=vectors,
+            others=[str(name) for name in self.tag_columns[1:]],
+            **self._codec_options,
         )
         if self._places["val"] is not None:
             self.sentences("val")  # so that its faults show before anything is started
@@ -413,26 +504,33 @@ class TaggingData(L.LightningDataModule):
         """
         if split not in self._sentences:
             if self.dataset == BUILTIN:
-                self._sentences.update(read_builtin(str(self.tag_column or "upos")))
+                parts = [read_builtin(_named(tag, "upos")) for tag in self.tag_columns]
+                for part in parts[0]:
+                    self._sentences[part] = _together([columns[part] for columns in parts], part)
             elif self._places[split] is None:
                 raise ValueError(f"{split}: no such split was given")
             else:
-                self._sentences[split] = self._read(str(self._places[split]))
+                place = str(self._places[split])
+                columns = [
+                    self._read(place, tag, None if task else self.scheme)
+                    for task, tag in enumerate(self.tag_columns)
+                ]
+                self._sentences[split] = _together(columns, place)
         return self._sentences[split]
 
-    def _read(self, place: str) -> list[Sentence]:
+    def _read(self, place: str, tag: int | str | None, scheme: str | None) -> list[Sentence]:
         suffix = Path(place).suffix.lower()
         if self.dataset is not None or suffix in _TABLES:
             source = place if self.dataset is None else self.dataset
             split = "train" if self.dataset is None else place
-            columns = _named(self.token_column, "tokens"), _named(self.tag_column, "tags")
-            return read_table(source, split, self.config, columns, self.scheme)
+            columns = _named(self.token_column, "tokens"), _named(tag, "tags")
+            return read_table(source, split, self.config, columns, scheme)
         if suffix == ".conllu":
             if self.token_column not in (None, "form"):
                 raise ValueError(f"token_column: CoNLL-U has form, got {self.token_column!r}")
-            return read_conllu(place, _named(self.tag_column, "upos"), self.scheme)
-        token, tag = _index(self.token_column, 0, place), _index(self.tag_column, -1, place)
-        return read_columns(place, token, tag, self.delimiter, self.scheme)
+            return read_conllu(place, _named(tag, "upos"), scheme)
+        columns = _index(self.token_column, 0, place), _index(tag, -1, place)
+        return read_columns(place, *columns, self.delimiter, scheme)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the splits that a stage needs."""
@@ -554,6 +652,20 @@ def read_table(
     return sentences
 
 
+def _together(columns: Sequence[list[Sentence]], place: str) -> list[Sentence]:
+    """Join what was read with each column of tags: the first's tags, the others' as `others`."""
+    first = columns[0]
+    if len(columns) == 1:
+        return first
+    if any([s.tokens for s in other] != [s.tokens for s in first] for other in columns[1:]):
+        raise ValueError(
+            f"{place}: the columns of tags disagree on which lines are words: is a line that "
+            "starts with # a comment or a token?"
+        )
+    others = zip(*([s.tags for s in other] for other in columns[1:]), strict=True)
+    return [s._replace(others=o) for s, o in zip(first, others, strict=True)]
+
+
 def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
     """Return the names of class labels in a column of lists, if that is what it holds."""
     feature: Any = rows.features
@@ -574,6 +686,23 @@ def _label(tag: object, names: list[str] | None, place: str) -> str:
 def _normalise(token: str, lowercase: bool, digits: bool) -> str:
     token = token.lower() if lowercase else token
     return re.sub(r"\d", "0", token) if digits else token
+
+
+def casing(token: str) -> int:
+    """Return the place in `CASINGS` of how a word is written."""
+    letters = [character for character in token if character.isalpha()]
+    if any(character.isdigit() for character in token):
+        return CASINGS.index("with digit" if letters else "numeric")
+    written = "".join(letters)
+    for name, holds in (
+        ("lower", written.islower()),
+        ("upper", written.isupper() and len(letters) > 1),
+        ("title", written[:1].isupper() and not any(c.isupper() for c in written[1:])),
+        ("mixed", any(c.isupper() for c in written)),
+    ):
+        if holds:
+            return CASINGS.index(name)
+    return CASINGS.index("other")
 
 
 def _tag_order(tag: str) -> tuple[bool, str, str]:

@@ -218,7 +218,7 @@ def test_confidences_are_marginals(checkpoint):
     tagger = Tagger.load_from_checkpoint(checkpoint)
     sentences = [["Ann", "saw"], ["Rome"], [], ["x"] * 7]
     found = tagger._find(sentences, 2, confidence=True)
-    for words, (tags, shares) in zip(sentences, found, strict=True):
+    for words, ((tags,), shares) in zip(sentences, found, strict=True):
         assert len(tags) == len(shares) == len(words)
         if not words:
             continue

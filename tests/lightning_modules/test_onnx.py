@@ -57,6 +57,24 @@ def test_tagger_up_to_its_emissions(tmp_path, characters):
     assert len(model.graph.input) == (5 if characters else 2)
 
 
+@pytest.mark.parametrize("filters", [4, 0], ids=["filters", "casing-only"])
+def test_tagger_of_two_tasks(tmp_path, filters):
+    torch.manual_seed(0)
+    sentences = [s._replace(others=([w[:1] for w in s.tokens],)) for s in SENTENCES]
+    codec = TaggingCodec.from_sentences(sentences, "BIO", others=["initial"])
+    options = {"character_hidden_size": 0, "character_filters": filters, "casing_size": 3}
+    tagger = Tagger(codec, word_size=6, hidden_sizes=[8], variational_dropout=True, **options)
+    export_tagger(tagger, tmp_path / "tagger.onnx")
+    tagger.eval()
+    for rows in (sentences, sentences[1:2]):
+        batch = codec.batch([codec.encode(s) for s in rows])
+        results, model = run(tmp_path / "tagger.onnx", batch._asdict())
+        features = tagger.model.encode(*batch[:6]).detach()
+        for name, head in zip(("emissions", "emissions_initial"), tagger.model.heads, strict=True):
+            torch.testing.assert_close(results[name], head.emission(features), rtol=0, atol=1e-5)
+    assert len(model.graph.input) == (6 if filters else 4)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 @pytest.mark.parametrize("decoder_sizes", [[8, 8], [7]], ids=["exact-bridge", "learnt-bridge"])
 def test_encoder_and_bridge(tmp_path, cell, decoder_sizes):

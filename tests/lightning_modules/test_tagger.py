@@ -1,5 +1,6 @@
 """The tagger as a whole: learns, scores, is stored, and tags raw text."""
 
+import json
 import random
 from pathlib import Path
 
@@ -213,6 +214,83 @@ def test_vectors_keep_unseen_words_apart_at_prediction(tmp_path: Path) -> None:
     assert [row[0][1] for row in loaded.tag(["blue", "six"])] == ["COLOUR", "NUMBER"]
 
 
+def tasks(count: int) -> str:
+    """CoNLL-U in which a word's first letter says its UPOS and XPOS, its last letter its number."""
+    draw, blocks = random.Random(count), []
+    for _ in range(count):
+        words = ["".join(draw.choices("abcdef", k=3)) + draw.choice("sx") for _ in range(4)]
+        blocks.append(
+            "".join(
+                f"{i}\t{w}\t_\t{'N' if w[0] in 'abc' else 'V'}\t{w[0].upper()}\t"
+                f"Number={'Plur' if w[-1] == 's' else 'Sing'}\t_\t_\t_\t_\n"
+                for i, w in enumerate(words, start=1)
+            )
+        )
+    return "\n".join(blocks)
+
+
+def test_tasks_learnt_together(tmp_path: Path) -> None:
+    (tmp_path / "a.conllu").write_text(tasks(150))
+    (tmp_path / "b.conllu").write_text(tasks(40))
+    data = TaggingData(
+        train=str(tmp_path / "a.conllu"),
+        val=str(tmp_path / "b.conllu"),
+        tag_column=["upos", "xpos", "feats"],
+    )
+    L.seed_everything(0)
+    tagger = Tagger(
+        data.codec,
+        **SMALL,
+        character_filters=8,
+        casing_size=2,
+        variational_dropout=True,
+        head=["crf", "softmax", "softmax"],
+        unk_probability=0.9,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+    )
+    run = trainer(tmp_path, max_epochs=6)
+    run.fit(tagger, data)
+    run.save_checkpoint(tmp_path / "tasks.ckpt")
+    (scores,) = trainer(tmp_path / "validate").validate(tagger, data, verbose=False)
+    for name in ("accuracy", "xpos/accuracy", "feats/accuracy"):
+        assert scores[f"val/{name}"] > 0.9
+    assert tagger.monitor == "val/accuracy"
+    logged = {path.relative_to(tmp_path / "media").parent for path in tmp_path.rglob("*.csv")
+              if "media" in path.parts and "validate" not in path.parts}  # fmt: skip
+    assert {Path("val"), Path("val/xpos"), Path("val/feats")} <= logged
+    loaded = Tagger.load_from_checkpoint(tmp_path / "tasks.ckpt")
+    (tagged,) = loaded.tag(["abcs fedx"])
+    assert tagged == [("abcs", "N", "A", "Number=Plur"), ("fedx", "V", "F", "Number=Sing")]
+    assert list(loaded.predict_lines(["abcs"])) == ["abcs/N/A/Number=Plur"]
+    assert list(loaded.predict_lines(["abcs"], tags_only=True)) == ["N/A/Number=Plur"]
+    columns = list(
+        loaded.predict_lines(["1 abcs"], input_format="conll", token_column=1, format="conll")
+    )
+    assert columns == ["1 abcs N A Number=Plur\n"]
+    (line,) = loaded.predict_lines(["abcs"], format="json", confidence=True)
+    (token,) = json.loads(line)["tokens"]
+    assert (token["tag"], token["other_tags"]) == ("N", ["A", "Number=Plur"])
+    assert 0.5 < token["confidence"] <= 1
+    other = TaggingCodec.from_sentences([s._replace(others=()) for s in data.sentences("train")])
+    single = Tagger(other, **{**tagger.arguments, "head": "crf"})
+    with pytest.raises(CheckpointError, match=r"model.others.0.* there and absent in this model"):
+        single.check(torch.load(tmp_path / "tasks.ckpt", weights_only=True))
+
+
+def test_checkpoints_of_before_character_filters_load(
+    trained: tuple[Tagger, Path], tmp_path: Path
+) -> None:
+    checkpoint = torch.load(trained[1] / "names.ckpt", weights_only=True)
+    arguments = checkpoint["fusedrnn"]["arguments"]
+    for name in ("character_filters", "character_filter_width", "casing_size"):
+        del arguments[name]
+    del arguments["variational_dropout"]
+    assert "others" not in checkpoint["fusedrnn"]["codec"]
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    loaded = Tagger.load_from_checkpoint(tmp_path / "before.ckpt")
+    assert loaded.tag(["we saw Mr Abba"]) == trained[0].tag(["we saw Mr Abba"])
+
+
 def test_refuses_the_checkpoint_of_another_vocabulary(
     trained: tuple[Tagger, Path], data: TaggingData
 ) -> None:
@@ -231,11 +309,11 @@ def test_monitor_follows_the_kind_of_tags(data: TaggingData) -> None:
 def test_scores_of_single_labels_by_hand() -> None:
     """Gold N V V and an unseen X; predicted N N V V."""
     codec = TaggingCodec.from_sentences([Sentence(["a", "b"], ["N", "V"])])
-    scores = Scores(codec)
+    scores = Scores(codec.tasks[0])
     batch = codec.batch([codec.encode(Sentence(list("abcd"), ["N", "V", "V", "X"]))])
     paths = torch.tensor([[0, 0, 1, 1]])
     for _ in range(2):
-        scores.update(torch.tensor(6.0), torch.tensor(3), paths, batch, [])
+        scores.update(torch.tensor(6.0), torch.tensor(3), paths, batch.tags, [], [])
         values, table, confusion = scores.compute()
         assert {name: float(value) for name, value in values.items()} == {
             "loss": 2,

@@ -6,10 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_modules.tagger_model import TaggerModel, WordEmbedding
+from lightning_modules.tagger_model import (
+    CharacterEncoder,
+    SequenceDropout,
+    TaggerModel,
+    WordEmbedding,
+)
 
 TAGS = ["O", "B-X", "I-X"]
-SIZES = {"num_words": 12, "num_fixed": 3, "num_characters": 9, "word_size": 6, "character_size": 4}
+SIZES = {
+    "num_words": 12,
+    "num_fixed": 3,
+    "num_characters": 9,
+    "num_casings": 4,
+    "word_size": 6,
+    "character_size": 4,
+}
+SPELLING = [
+    {"character_hidden_size": 5},
+    {"character_hidden_size": 0, "character_filters": 4},
+    {
+        "character_hidden_size": 3,
+        "character_filters": 4,
+        "character_filter_width": 5,
+        "casing_size": 2,
+    },
+    {"character_hidden_size": 0, "casing_size": 3},
+]
+"""The ways to look at how a word is written."""
 
 
 def make(**options) -> TaggerModel:
@@ -35,7 +59,8 @@ def batch(lengths: list[int], seed: int = 0) -> list[Tensor]:
     words = draw(1, 15, len(lengths), max(lengths))
     sizes = draw(1, 7, 10)
     sizes[0] = 6
-    return [words, torch.tensor(lengths), draw(1, 9, 10, 6), sizes, draw(0, 10, *words.shape)]
+    characters, spellings, casings = draw(1, 9, 10, 6), draw(0, 10, *words.shape), draw(0, 4, 10)
+    return [words, torch.tensor(lengths), characters, sizes, spellings, casings]
 
 
 def garble(value: Tensor, sizes: Tensor, high: int, extra: int) -> Tensor:
@@ -52,13 +77,14 @@ def garble(value: Tensor, sizes: Tensor, high: int, extra: int) -> Tensor:
     seed=st.integers(0, 100),
     head=st.sampled_from(["crf", "softmax"]),
     cell=st.sampled_from(["lstm", "gru"]),
+    spelling=st.sampled_from(SPELLING),
 )
 def test_batch_order_and_padding_change_nothing(
-    lengths: list[int], extra: int, seed: int, head: str, cell: str
+    lengths: list[int], extra: int, seed: int, head: str, cell: str, spelling: dict
 ) -> None:
-    model = make(head=head, cell=cell).eval()
-    words, sizes, characters, character_lengths, spellings = batch(lengths, seed)
-    whole = model(words, sizes, characters, character_lengths, spellings)
+    model = make(head=head, cell=cell, **spelling).eval()
+    words, sizes, characters, character_lengths, spellings, casings = batch(lengths, seed)
+    whole = model(words, sizes, characters, character_lengths, spellings, casings)
     paths = model.decode(whole, sizes)
     garbled = [
         garble(words, sizes, 15, extra),
@@ -69,7 +95,7 @@ def test_batch_order_and_padding_change_nothing(
     ]
     order = torch.randperm(len(lengths))
     shuffled = model(
-        garbled[0][order], sizes[order], garbled[2], character_lengths, garbled[4][order]
+        garbled[0][order], sizes[order], garbled[2], character_lengths, garbled[4][order], casings
     )
     for place, row in enumerate(order.tolist()):
         size = lengths[row]
@@ -79,6 +105,7 @@ def test_batch_order_and_padding_change_nothing(
             characters,
             character_lengths,
             spellings[row : row + 1, :size],
+            casings,
         )
         torch.testing.assert_close(whole[row, :size], single[0])
         torch.testing.assert_close(shuffled[place, :size], single[0])
@@ -144,6 +171,81 @@ def test_pretrained_vectors(freeze: bool) -> None:
     assert [name for name, _ in embedding.named_parameters()] == ["words"]
 
 
+def test_parameters_keep_their_names_and_order() -> None:
+    """Checkpoints, and optimizer states in them, go by these."""
+    names = list(make(hidden_sizes=[7], character_hidden_size=5).state_dict())
+    weights = [f"{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")]
+    lstm = [*weights, *(f"{name}_reverse" for name in weights)]
+    assert names == [
+        "words.words",
+        "words.fixed",
+        "words.frozen",
+        "characters.embedding.weight",
+        *(f"characters.lstm.{name}" for name in lstm),
+        *(f"stack.layers.0.{name}" for name in lstm),
+        "emission.weight",
+        "emission.bias",
+        *(f"crf.{name}" for name in ("start", "transitions", "end")),
+    ]
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_convolution_by_hand(width: int) -> None:
+    """Each filter's greatest response over the windows of the word alone, zeros around it."""
+    torch.manual_seed(0)
+    encoder = CharacterEncoder(9, 4, 0, filters=3, filter_width=width).double()
+    words = [[1, 2, 3, 8], [5], [7, 7]]
+    padded = torch.tensor([[*word, *[6] * (4 - len(word))] for word in words])
+    encoded = encoder(padded, torch.tensor([4, 1, 2]))
+    edge = torch.zeros(width // 2, 4, dtype=torch.double)
+    for word, found in zip(words, encoded, strict=True):
+        rows = torch.cat([edge, encoder.embedding.weight[word], edge])
+        windows = torch.stack([rows[i : i + width] for i in range(len(word))])
+        weight, bias = encoder.convolution.weight, encoder.convolution.bias
+        responses = torch.einsum("twc,fcw->tf", windows, weight) + bias
+        torch.testing.assert_close(found, responses.amax(0))
+
+
+def test_one_mask_for_a_sentence() -> None:
+    torch.manual_seed(0)
+    drop = SequenceDropout(0.25)
+    ones = torch.ones(50, 6, 40)
+    dropped = drop(ones)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(ones))
+    assert {round(value, 5) for value in dropped.unique().tolist()} == {0, round(4 / 3, 5)}
+    assert abs(float(dropped.mean()) - 1) < 0.05
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(drop.eval()(ones), ones)
+
+
+def test_variational_dropout_everywhere() -> None:
+    """Of a sentence of one word repeated, nothing but the recurrence tells words apart."""
+    model = make(variational_dropout=True, dropout=0.5, hidden_sizes=[7, 6, 5]).train()
+    assert isinstance(model.dropout, SequenceDropout)
+    assert model.stack.variational_dropout
+    kept = model.encode(*batch([6])) != 0
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    kept = make(dropout=0.5).train().encode(*batch([6])) != 0
+    assert not torch.equal(kept, kept[:, :1].expand_as(kept))
+
+
+def test_heads_of_several_tasks() -> None:
+    model = make(other_tasks=[(["X", "Y"], None), (TAGS, "BIO")], head=["crf", "softmax", "crf"])
+    first, second, third = model.heads
+    assert first is model
+    assert second.crf is None
+    assert third.crf is not None
+    inputs = batch([4, 2])
+    features = model.encode(*inputs)
+    assert [head.emission(features).shape[-1] for head in model.heads] == [3, 2, 3]
+    losses = [
+        head.loss(head.emission(features), torch.zeros(2, 4, dtype=torch.int64), inputs[1])[0]
+        for head in model.heads
+    ]
+    sum(losses).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_words_alone() -> None:
     model = make(character_hidden_size=0)
     assert model.characters is None
@@ -161,6 +263,10 @@ def test_words_alone() -> None:
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
         ({"unk_probability": -0.1}, "unk_probability: expected"),
         ({"recurrent_dropout": 2.0}, "recurrent_dropout must be a number in"),
+        ({"character_filters": -1}, "character_filters: expected 0 or more"),
+        ({"casing_size": -1}, "casing_size: expected 0 or more"),
+        ({"character_filter_width": 4}, "character_filter_width: expected an odd number, got 4"),
+        ({"head": ["crf", "crf"]}, "head: expected one for each of 1 tasks"),
         ({"head": "viterbi"}, "head: expected crf or softmax, got 'viterbi'"),
         ({"cell": "ltsm"}, "cell must be one of"),
         ({"tags": []}, "tags: expected at least one"),

@@ -9,7 +9,7 @@ import torch
 
 import lightning_modules.data.tagging as tagging
 from lightning_modules.data.readers import Sentence
-from lightning_modules.data.tagging import TaggingCodec, TaggingData
+from lightning_modules.data.tagging import CASINGS, IGNORED, TaggingCodec, TaggingData, casing
 from lightning_modules.data.vectors import Vectors
 
 TRAIN = [
@@ -108,7 +108,7 @@ def test_schemes_there_and_back(
     codec = TaggingCodec.from_sentences([sentence], scheme, encoding)
     row = codec.encode(sentence)
     assert codec.tags.decode(row.tags) == learnt
-    assert codec.decode_tags(row.tags) == written
+    assert codec.tasks[0].decode(row.tags) == written
     assert row.tag_names == gold
 
 
@@ -132,6 +132,58 @@ def test_codec_survives_plain_data() -> None:
     for first, second in zip(codec.encode(TRAIN[0]), restored.encode(TRAIN[0]), strict=True):
         assert first == second
     assert restored.frequent_words == codec.frequent_words
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ankara ß don't e-mail", "lower"),
+        ("NATO U.S. ΑΒ", "upper"),
+        ("Ankara I O'brien Éa", "title"),
+        ("iPhone McDonald O'Brien", "mixed"),
+        ("42 3,5 ٣", "numeric"),
+        ("B2 2nd", "with digit"),
+        ("- ... 漢字 🙂 ក", "other"),
+    ],
+)
+def test_casing(words: str, expected: str) -> None:
+    assert {CASINGS[casing(word)] for word in words.split()} == {expected}
+    assert CASINGS[casing("")] == "other"
+
+
+CONLLU = """\
+1\tWe\twe\tPRON\tPRP\tCase=Nom|Number=Plur\t0\t_\t_\t_
+2\truns\trun\tVERB\tVBZ\tNumber=Sing\t1\t_\t_\t_
+
+1\tIt\tit\tPRON\tPRP\tCase=Nom\t0\t_\t_\t_
+"""
+
+
+def test_columns_of_several_tasks(tmp_path: Path) -> None:
+    (tmp_path / "a.conllu").write_text(CONLLU)
+    columns = ["upos", "xpos", "feats", "feats:Case"]
+    place = str(tmp_path / "a.conllu")
+    data = TaggingData(train=place, val=place, tag_column=columns)
+    codec = data.codec
+    assert [task.name for task in codec.tasks] == ["", "xpos", "feats", "feats:Case"]
+    assert codec.tags.symbols == ["PRON", "VERB"]
+    assert codec.tasks[3].tags.symbols == ["Nom", "_"]
+    batch = codec.batch([codec.encode(sentence) for sentence in data.sentences("val")])
+    assert batch.other_tags[0].tolist() == [[0, 1], [0, IGNORED]]
+    assert batch.other_names[1] == [["Case=Nom|Number=Plur", "Number=Sing"], ["Case=Nom"]]
+    restored = TaggingCodec.from_dict(json.loads(json.dumps(codec.to_dict())))
+    assert restored.tasks == codec.tasks
+    assert "others" not in ner().to_dict()
+    assert codec.batch([codec.untagged(["We"])]).other_tags[2].tolist() == [[IGNORED]]
+    data.setup("fit")
+    assert all(len(batch.other_tags) == 3 for batch in data.train_dataloader())
+
+
+def test_columns_of_several_tasks_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("a O N\n\n# B-X N\nb O N\n")
+    data = TaggingData(train=str(tmp_path / "a.conll"), tag_column=[1, 2], scheme="BIO")
+    with pytest.raises(ValueError, match=r"a.conll: the columns of tags disagree"):
+        data.sentences("train")
 
 
 @pytest.fixture
@@ -242,6 +294,8 @@ def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
     [
         ({"train": None}, "train, dataset: expected one of them"),
         ({"dataset": "turkish-treebanks"}, "turkish-treebanks has its own splits"),
+        ({"tag_column": ["upos", "upos"]}, "tag_column: expected distinct columns"),
+        ({"tag_column": []}, "tag_column: expected distinct columns"),
         ({"scheme": "IOB2"}, "scheme: expected one of BIO, IOB1, BIOES or None, got IOB2"),
         ({"encoding": "BIOES"}, "encoding: expected BIO or BIOES and a scheme"),
         ({"min_count": 0}, "min_count: expected at least 1, got 0"),
