@@ -53,7 +53,7 @@ class DecoderState(NamedTuple):
     """Everything a decoding step needs besides its input.
 
     Attributes:
-        source: the encoded source of each row.
+        source: the encoded source of each row, or of each group of as many rows.
         layers: one entry per decoder layer, h [1, B, H] or (h, c).
         feed: [B, F], the last attentional features with feedback "features", else None.
         coverage: [B, S], the attention given so far, with coverage, else None.
@@ -64,22 +64,34 @@ class DecoderState(NamedTuple):
     feed: Tensor | None = None
     coverage: Tensor | None = None
 
-    def select(self, rows: Tensor) -> DecoderState:
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> DecoderState:
         """Keep, repeat or reorder rows.
 
         Args:
-            rows: int64 [N], indices into the batch.
+            rows: int64 [N], indices into the rows.
+            sources: int64 [M], in ascending order, the encoded sources that stay. Row i then reads
+                source i // (N / M), so that hypotheses of one source share it. None gives each row
+                a source of its own.
 
         Returns:
             The state of those N rows.
         """
-        source = EncodedSource(*(None if v is None else v[rows] for v in self.source))
         layers = [
             (s[0][:, rows], s[1][:, rows]) if isinstance(s, tuple) else s[:, rows]
             for s in self.layers
         ]
         feed, coverage = (None if v is None else v[rows] for v in (self.feed, self.coverage))
-        return DecoderState(source, layers, feed, coverage)
+        return DecoderState(self._sources(rows, sources), layers, feed, coverage)
+
+    def _sources(self, rows: Tensor, kept: Tensor | None) -> EncodedSource:
+        """The sources of selected rows; where all stay, without a copy."""
+        if kept is None:
+            top = self.layers[-1]
+            count = (top[0] if isinstance(top, tuple) else top).shape[1]
+            kept = rows // (count // len(self.source.lengths))
+        elif len(kept) == len(self.source.lengths):
+            return self.source
+        return EncodedSource(*(None if v is None else v[kept] for v in self.source))
 
 
 class DecoderOutput(NamedTuple):
@@ -271,8 +283,11 @@ class AttentionDecoder(nn.Module):
         """Context [B, q, K] and weights [B, q, S] of queries [B, q, Q]."""
         assert self.attention is not None
         keys, projected, lengths = state.source
-        seen = None if state.coverage is None else state.coverage[:, None]
-        return self.attention(query, keys, lengths, projected, seen)
+        seen = None if state.coverage is None else state.coverage.unflatten(0, (len(keys), -1))
+        shared = query.reshape(len(keys), -1, query.shape[-1])  # the hypotheses of a source
+        context, weights = self.attention(shared, keys, lengths, projected, seen)
+        places = query.shape[:2]
+        return context.reshape(*places, -1), weights.reshape(*places, -1)
 
     def _attend(
         self, outputs: Tensor, state: DecoderState, found: tuple[Tensor, Tensor] | None = None

@@ -1,4 +1,4 @@
-"""Greedy and beam search over any model that predicts the next symbol.
+"""Greedy search, sampling and beam search over any model that predicts the next symbol.
 
 Dimensions: B rows to decode, W beam width, N hypotheses returned per row, K symbols, L output
 length. A hypothesis is the symbols after the begin symbol, the end symbol included where it was
@@ -10,20 +10,37 @@ changes nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self, TypeVar
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Hypotheses", "SearchState", "beam_search", "greedy_search"]
+__all__ = [
+    "Constraints",
+    "Hypotheses",
+    "SearchState",
+    "beam_search",
+    "ensemble",
+    "greedy_search",
+    "sample",
+]
 
 
 class SearchState(Protocol):
     """What a model carries from one symbol to the next, one entry per row."""
 
-    def select(self, rows: Tensor) -> Self:
-        """Keep, repeat or reorder rows; `rows` is int64 [N]."""
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> Self:
+        """Keep, repeat or reorder rows.
+
+        Args:
+            rows: int64 [N], indices into the rows.
+            sources: int64 [M], ascending, which of the rows that decoding began with stay. Row i
+                belongs to source i // (N / M), so that what the hypotheses of one source have in
+                common needs no copy for each. None: each row becomes a source of its own.
+        """
 
 
 State = TypeVar("State", bound=SearchState)
@@ -61,6 +78,94 @@ class Hypotheses(NamedTuple):
         ]
 
 
+@dataclass(frozen=True)
+class Constraints:
+    """What a hypothesis must not do. Its score stays that of the model.
+
+    Where nothing would be left to choose, the row's next symbol is free of them.
+
+    Attributes:
+        min_length: fewest symbols before the end symbol, where the row's limit allows as many.
+        no_repeat_ngram_size: n, for no n symbols in a row to come twice; 0 for no such rule.
+
+    Raises:
+        ValueError: an attribute is negative.
+    """
+
+    min_length: int = 0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+
+    def apply(self, log_probs: Tensor, written: Tensor, end: int) -> Tensor:
+        """Set to -inf what must not come next.
+
+        Args:
+            log_probs: [N, K] of the next symbol.
+            written: int64 [N, t], the symbols so far.
+            end: number of the end symbol.
+
+        Returns:
+            [N, K].
+        """
+        banned = torch.zeros_like(log_probs, dtype=torch.bool)
+        if written.shape[1] < self.min_length:
+            banned[:, end] = True
+        size = self.no_repeat_ngram_size
+        if 0 < size <= written.shape[1]:
+            ngrams = written.unfold(1, size, 1)
+            recent = written[:, written.shape[1] - size + 1 :]
+            repeats = (ngrams[..., :-1] == recent[:, None]).all(-1)
+            row, place = repeats.nonzero(as_tuple=True)
+            banned[row, ngrams[row, place, -1]] = True
+        allowed = log_probs.masked_fill(banned, -torch.inf)
+        stuck = allowed.isneginf().all(-1, keepdim=True)
+        return torch.where(stuck, log_probs, allowed)
+
+    @property
+    def empty(self) -> bool:
+        """Whether they forbid nothing."""
+        return self.min_length == 0 and self.no_repeat_ngram_size == 0
+
+
+FREE = Constraints()
+
+
+class _Joint:
+    """The states of several models."""
+
+    def __init__(self, states: Sequence[Any]) -> None:
+        self.states = states
+
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> _Joint:
+        return _Joint([state.select(rows, sources) for state in self.states])
+
+
+def ensemble(steps: Sequence[Step], states: Sequence[Any]) -> tuple[Step, Any]:
+    """Make one model of several, by the mean of their probabilities.
+
+    Args:
+        steps: of the models, over the same symbols.
+        states: of each, before the first symbol.
+
+    Returns:
+        A step and its state; of a single model, its own.
+    """
+    if len(steps) == 1:
+        return steps[0], states[0]
+
+    def step(symbols: Tensor, state: _Joint) -> tuple[Tensor, _Joint]:
+        results = [one(symbols, its) for one, its in zip(steps, state.states, strict=True)]
+        log_probs = torch.stack([log_probs for log_probs, _ in results])
+        mean = log_probs.logsumexp(0) - math.log(len(steps))
+        return mean.clamp(max=0.0), _Joint([its for _, its in results])
+
+    return step, _Joint(states)
+
+
 def normalise(totals: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     """Make log-probabilities of hypotheses of different lengths comparable.
 
@@ -75,9 +180,14 @@ def normalise(totals: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     return totals / ((5.0 + lengths.to(totals.dtype)) / 6.0) ** alpha
 
 
-@torch.no_grad()
 def greedy_search(
-    step: Step[State], state: State, limits: Tensor, begin: int, end: int, alpha: float = 0.0
+    step: Step[State],
+    state: State,
+    limits: Tensor,
+    begin: int,
+    end: int,
+    alpha: float = 0.0,
+    constraints: Constraints = FREE,
 ) -> Hypotheses:
     """Take the most probable symbol at each step, until the end symbol or the limit.
 
@@ -90,6 +200,7 @@ def greedy_search(
         begin: number of the begin symbol.
         end: number of the end symbol.
         alpha: exponent of the length penalty, at least 0; it changes the scores only.
+        constraints: what a hypothesis must not do.
 
     Returns:
         One hypothesis per row.
@@ -98,6 +209,104 @@ def greedy_search(
         ValueError: a limit or alpha is out of range.
     """
     _check(limits, alpha)
+
+    def choose(log_probs: Tensor, rows: Tensor, t: int) -> Tensor:
+        return log_probs.argmax(-1)
+
+    symbols, lengths, totals = _walk(step, state, limits, begin, end, constraints, choose)
+    scores = normalise(totals, lengths, alpha)
+    return Hypotheses(symbols[:, None], lengths[:, None], scores[:, None])
+
+
+def sample(
+    step: Step[State],
+    state: State,
+    limits: Tensor,
+    begin: int,
+    end: int,
+    draws: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    alpha: float = 0.0,
+    constraints: Constraints = FREE,
+) -> Hypotheses:
+    """Draw each symbol from the model's distribution, until the end symbol or the limit.
+
+    The distribution is sharpened by `temperature` first, cut to the `top_k` most probable symbols
+    (Fan et al. 2018) next, and to the fewest of those that together have the probability `top_p`
+    last (nucleus sampling, Holtzman et al. 2020). The random numbers are given, one for each symbol
+    of each hypothesis, so that a row's results do not depend on the rows beside it.
+
+    Args:
+        step: the model.
+        state: of the B rows before the first symbol.
+        limits: int64 [B], the most symbols a row may have, the end symbol counted, at least 1.
+        begin: number of the begin symbol.
+        end: number of the end symbol.
+        draws: float [B, N, L], uniform in [0, 1), for N hypotheses per row; L at least the largest
+            limit.
+        temperature: log-probabilities are divided by it; above 0.
+        top_k: most symbols to choose among; 0 for all.
+        top_p: above 0, at most 1.
+        alpha: exponent of the length penalty, at least 0; it changes scores and order only.
+        constraints: what a hypothesis must not do.
+
+    Returns:
+        N hypotheses per row, drawn independently of each other; some may be equal. Scores are
+        those of the model itself, neither sharpened nor cut.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check(limits, alpha)
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+    size, count, longest = draws.shape
+    if size != len(limits) or longest < int(limits.max()):
+        raise ValueError(
+            f"draws: expected [{len(limits)}, N, at least {int(limits.max())}], "
+            f"got {list(draws.shape)}"
+        )
+    numbers = draws.flatten(0, 1)
+
+    def choose(log_probs: Tensor, rows: Tensor, t: int) -> Tensor:
+        shares = (log_probs.double() / temperature).softmax(-1)
+        shares, order = shares.topk(top_k if 0 < top_k < shares.shape[-1] else shares.shape[-1])
+        shares = shares / shares.sum(-1, keepdim=True)
+        before = shares.cumsum(-1) - shares
+        kept = torch.where(before < top_p, shares, 0.0).cumsum(-1)
+        places = (kept <= numbers[rows, t, None].double() * kept[:, -1:]).sum(-1)
+        return order.take_along_dim(places[:, None], -1).squeeze(-1)
+
+    if count > 1:
+        state = state.select(torch.arange(size, device=limits.device).repeat_interleave(count))
+    many = limits.repeat_interleave(count)
+    symbols, lengths, totals = _walk(step, state, many, begin, end, constraints, choose)
+    scores, order = normalise(totals, lengths, alpha).view(size, count).sort(-1, descending=True)
+    symbols = symbols.view(size, count, -1).take_along_dim(order[..., None], 1)
+    return Hypotheses(symbols, lengths.view(size, count).take_along_dim(order, 1), scores)
+
+
+@torch.no_grad()
+def _walk(
+    step: Step[State],
+    state: State,
+    limits: Tensor,
+    begin: int,
+    end: int,
+    constraints: Constraints,
+    choose: Callable[[Tensor, Tensor, int], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow one hypothesis per row; `choose(log_probs, rows, t)` takes its next symbols.
+
+    Returns:
+        Symbols [B, L], lengths [B] and log-probabilities [B].
+    """
     size, longest = len(limits), int(limits.max())
     symbols = torch.zeros(size, longest, dtype=torch.int64, device=limits.device)
     lengths = torch.zeros_like(limits)
@@ -105,18 +314,20 @@ def greedy_search(
     log_probs, state = step(torch.full_like(rows, begin), state)
     totals = log_probs.new_zeros(size)
     for t in range(longest):
-        best, previous = log_probs.max(-1)
-        totals[rows] += best
+        allowed = log_probs
+        if not constraints.empty:
+            allowed = constraints.apply(log_probs, symbols[rows, :t], end)
+        previous = choose(allowed, rows, t)
+        totals[rows] += log_probs.take_along_dim(previous[:, None], -1).squeeze(-1)
         symbols[rows, t] = previous
         lengths[rows] = t + 1
         going = ((previous != end) & (limits[rows] > t + 1)).nonzero().squeeze(-1)
         if len(going) == 0:
             break
         if len(going) < len(rows):
-            rows, previous, state = rows[going], previous[going], state.select(going)
+            rows, previous, state = rows[going], previous[going], state.select(going, going)
         log_probs, state = step(previous, state)
-    scores = normalise(totals, lengths, alpha)
-    return Hypotheses(symbols[:, None, : int(lengths.max())], lengths[:, None], scores[:, None])
+    return symbols[:, : int(lengths.max())], lengths, totals
 
 
 class _Beam(NamedTuple):
@@ -144,6 +355,7 @@ def beam_search(
     n_best: int = 1,
     alpha: float = 0.0,
     early_stop: bool = True,
+    constraints: Constraints = FREE,
 ) -> Hypotheses:
     """Keep the `beam_size` most probable hypotheses at each step.
 
@@ -160,7 +372,8 @@ def beam_search(
 
     the first step because s' <= s, the second because s <= 0 is divided by something at least as
     large. Once the `n_best` finished hypotheses all score at least max(s) / penalty(M), going on
-    could not change the result: stopping is exact, not a heuristic.
+    could not change the result: stopping is exact, not a heuristic. Constraints leave fewer
+    extensions and none with another log-probability, so the bound holds under them too.
 
     Args:
         step: the model; its log-probabilities must not exceed 0.
@@ -172,6 +385,7 @@ def beam_search(
         n_best: N, hypotheses to return per row, at most `beam_size`.
         alpha: exponent of the length penalty, at least 0.
         early_stop: False searches every row to its limit, with the same result.
+        constraints: what a hypothesis must not do.
 
     Returns:
         The `n_best` finished hypotheses of each row.
@@ -197,6 +411,8 @@ def beam_search(
     )
     results: list[_Beam] = []
     for t in range(longest):
+        if not constraints.empty:
+            log_probs = constraints.apply(log_probs, beam.symbols.flatten(0, 1)[:, :t], end)
         beam, origins = _extend(beam, log_probs, t, beam_size)
         beam = _finish(beam, t, limits[beam.rows], end, alpha)
         going = beam.totals.isfinite().any(-1)
@@ -210,7 +426,7 @@ def beam_search(
         if len(kept) == 0:
             break
         previous = beam.symbols[:, :, t].flatten()
-        log_probs, state = step(previous, state.select(origins.flatten()))
+        log_probs, state = step(previous, state.select(origins.flatten(), kept))
     return _gather(results)
 
 

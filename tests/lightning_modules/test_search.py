@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_modules.search import beam_search, greedy_search
+from lightning_modules.search import Constraints, beam_search, ensemble, greedy_search, sample
 
 PAD, BEGIN, END = 0, 1, 2
 
@@ -20,7 +20,7 @@ class Prefixes(NamedTuple):
     table: Tensor
     seen: Tensor
 
-    def select(self, rows):
+    def select(self, rows, sources=None):
         return Prefixes(self.table[rows], self.seen[rows])
 
 
@@ -231,3 +231,181 @@ def test_wrong_arguments_are_named(arguments, message):
     given_arguments = {"limits": torch.tensor([3, 3]), "beam_size": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         beam_search(model.step, model.start(), begin=BEGIN, end=END, **given_arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    limit=st.integers(1, 4),
+    min_length=st.integers(0, 3),
+    ngram=st.integers(0, 3),
+    alpha=st.sampled_from([0.0, 1.0]),
+    early_stop=st.booleans(),
+)
+def test_constraints_leave_what_exhaustive_search_leaves(
+    seed, limit, min_length, ngram, alpha, early_stop
+):
+    model = TableModel(seed, 1, vocabulary=6)
+    constraints = Constraints(min_length, ngram)
+    arguments = (model.step, model.start(), torch.tensor([limit]), BEGIN, END)
+    options = {"alpha": alpha, "early_stop": early_stop, "constraints": constraints}
+    found = beam_search(*arguments, 4**4, 4, **options)
+
+    def fits(symbols):
+        ngrams = [tuple(symbols[i : i + ngram]) for i in range(len(symbols) - ngram + 1)]
+        ends_early = symbols[-1] == END and len(symbols) <= min_length
+        return not ends_early and (ngram == 0 or len(set(ngrams)) == len(ngrams))
+
+    best = [pair for pair in model.everything(0, limit, alpha) if fits(pair[1])][:4]
+    assert listed(found)[0][: len(best)] == [symbols for _, symbols in best]
+    expected = torch.tensor([score for score, _ in best], dtype=torch.float64)
+    torch.testing.assert_close(found.scores[0, : len(best)], expected)
+    assert found.scores[0, len(best) :].isneginf().all()
+    narrow = beam_search(*arguments, 1, **options)
+    greedy = greedy_search(*arguments, alpha=alpha, constraints=constraints)
+    assert fits(listed(greedy)[0][0]) and listed(narrow) == listed(greedy)
+
+
+def test_constraints_that_leave_nothing_give_way():
+    """Three symbols, none of them twice, and an end that may not come before four."""
+    model = TableModel(3, 2, vocabulary=6)
+    arguments = (model.step, model.start(), torch.tensor([6, 2]), BEGIN, END)
+    strict = Constraints(min_length=4, no_repeat_ngram_size=1)
+    for found in (
+        greedy_search(*arguments, constraints=strict),
+        beam_search(*arguments, 3, constraints=strict),
+        sample(*arguments, torch.rand(2, 3, 6), constraints=strict),
+    ):
+        for hypothesis in listed(found)[0]:
+            assert len(set(hypothesis[:3])) == 3 and END not in hypothesis[:3]
+        assert found.lengths[1].tolist() == [2] * found.lengths.shape[1]
+        assert found.scores.isfinite().all()
+
+
+def chances(model, table=0):
+    return model.log_probs(table, [BEGIN]).exp()
+
+
+def drawn(model, count, **options):
+    """Shares of the first symbols that an even grid of random numbers draws."""
+    grid = ((torch.arange(count) + 0.5) / count).double().view(1, count, 1)
+    found = sample(model.step, model.start(), torch.tensor([1]), BEGIN, END, grid, **options)
+    return torch.bincount(found.symbols.flatten(), minlength=model.vocabulary) / count
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.integers(0, 7),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+)
+def test_samples_follow_the_distribution_that_was_asked_for(seed, temperature, top_k, top_p):
+    model = TableModel(seed, 1, vocabulary=6)
+    sharp = chances(model) ** (1 / temperature)
+    expected = torch.zeros(6, dtype=torch.float64)
+    order = sharp.argsort(descending=True).tolist()[: top_k or 6]
+    total, mass = sum(float(sharp[s]) for s in order), 0.0
+    for symbol in order:
+        if mass < top_p:
+            expected[symbol] = sharp[symbol]
+        mass += float(sharp[symbol]) / total
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    shares = drawn(model, 2000, **options).double()
+    torch.testing.assert_close(shares, expected / expected.sum(), atol=2e-3, rtol=0)
+    assert ((shares > 0) <= (expected > 0)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 3), data=st.data())
+def test_samples_are_scored_by_the_model_and_do_not_depend_on_company(seed, count, data):
+    limits = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
+    draws = torch.rand(len(limits), count, 6, generator=torch.Generator().manual_seed(seed))
+    model = TableModel(seed, len(limits), vocabulary=6)
+
+    def run(tables):
+        arguments = (model.step, model.start(tables), limits[tables], BEGIN, END)
+        return sample(*arguments, draws[tables], temperature=0.7, top_p=0.9, alpha=0.6)
+
+    together = run(torch.arange(len(limits)))
+    for row in range(len(limits)):
+        alone = run(torch.tensor([row]))
+        assert listed(alone)[0] == listed(together)[row]
+        assert torch.equal(alone.scores[0], together.scores[row])
+        known = {tuple(symbols): s for s, symbols in model.everything(row, int(limits[row]), 0.6)}
+        for symbols, score in zip(listed(alone)[0], alone.scores[0].tolist(), strict=True):
+            assert score == pytest.approx(known[tuple(symbols)])
+    assert (together.scores.diff(dim=1) <= 0).all()
+
+
+def test_sampling_the_likeliest_alone_is_greedy():
+    model = TableModel(5, 3, vocabulary=6)
+    arguments = (model.step, model.start(), torch.tensor([5, 3, 7]), BEGIN, END)
+    greedy = greedy_search(*arguments)
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}):
+        assert listed(sample(*arguments, torch.rand(3, 1, 7), **options)) == listed(greedy)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), limit=st.integers(1, 4), alpha=st.sampled_from([0.0, 1.0]))
+def test_an_ensemble_averages_probabilities(seed, limit, alpha):
+    models = [TableModel(seed + i, 1, vocabulary=6) for i in range(3)]
+
+    class Mean(TableModel):
+        def log_probs(self, table, prefix):
+            return torch.stack([m.log_probs(table, prefix).exp() for m in models]).mean(0).log()
+
+    step, state = ensemble([m.step for m in models], [m.start() for m in models])
+    mean = Mean(0, 1, vocabulary=6)
+    found = beam_search(step, state, torch.tensor([limit]), BEGIN, END, 4**4, 2, alpha)
+    best = mean.everything(0, limit, alpha)[:2]
+    assert listed(found)[0] == [symbols for _, symbols in best]
+    expected = torch.tensor([score for score, _ in best], dtype=torch.float64)
+    torch.testing.assert_close(found.scores[0], expected)
+    greedy = greedy_search(step, state, torch.tensor([limit]), BEGIN, END)
+    alone = greedy_search(mean.step, mean.start(), torch.tensor([limit]), BEGIN, END)
+    assert listed(greedy) == listed(alone)
+
+
+def test_hypotheses_share_their_source():
+    """The search says which rows go on, so that a state need not copy a source per hypothesis."""
+    seen = []
+
+    class Counted(Prefixes):
+        def select(self, rows, sources=None):
+            seen.append((len(rows), sources.tolist()))
+            return Counted(self.table[rows], self.seen[rows])
+
+    model = TableModel(1, 3, vocabulary=6)
+    limits = torch.tensor([1, 4, 2])
+    start = Counted(*model.start())
+
+    def step(symbols, state):
+        log_probs, after = model.step(symbols, state)
+        log_probs[:, END] = -torch.inf
+        return log_probs, Counted(*after)
+
+    beam_search(step, start, limits, BEGIN, END, beam_size=2)
+    assert seen == [(4, [1, 2]), (2, [0]), (2, [0])]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        ({"top_k": -1}, "top_k: expected at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p: expected 0 < top_p <= 1, got 0.0"),
+        ({"draws": torch.rand(2, 1, 2)}, r"draws: expected \[2, N, at least 3\], got \[2, 1, 2\]"),
+    ],
+    ids=["temperature", "k", "p", "draws"],
+)
+def test_wrong_sampling_is_named(options, message):
+    model = TableModel(0, 2, 4)
+    options = {"draws": torch.rand(2, 1, 3), **options}
+    with pytest.raises(ValueError, match=message):
+        sample(model.step, model.start(), torch.tensor([3, 3]), BEGIN, END, **options)
+
+
+def test_wrong_constraints_are_named():
+    with pytest.raises(ValueError, match="min_length: expected at least 0, got -1"):
+        Constraints(min_length=-1)
