@@ -37,7 +37,7 @@ def _train(name: str, seed: int) -> Iterator[Row]:
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     recent: list[float] = []
     for step in range(1, STEPS + 1):
-        batch = task.generate(BATCH, task.length)
+        batch = task.generate(BATCH)
         y, _ = stack(batch.x, lengths=batch.lengths)
         loss = task.loss(head(y[batch.lengths - 1, torch.arange(BATCH)]), batch)
         optimizer.zero_grad()

@@ -8,11 +8,8 @@ finished there is not run again, and one that is not begins anew, so that a stud
 short goes on. `--quick` takes three minutes and writes to long_dependencies_quick.csv. `--figures`
 draws what the file holds, a picture for each claim.
 
-The tasks: the adding problem and temporal order (Hochreiter & Schmidhuber 1997, experiments 4 and
-6a; the adding problem with values in [0, 1], as in Le et al. 2015) and copy memory (Arjovsky et al.
-2016). The carry bias is that of the gate which multiplies the old state, f of an LSTM and z of a
-GRU: 0, 1, or chrono (Tallec & Ollivier 2018), log U(1, T - 1) with the opposite on an LSTM's input
-gate.
+Tasks, cells and biases are those of `lightning_modules.memory_model`; the packaged configurations
+adding, temporal_order and copy_memory train the same with Lightning.
 """
 
 from __future__ import annotations
@@ -22,17 +19,15 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedrnn import RecurrentStack
 from fusedrnn.diagnostics import CARRY, gradient_flow
+from lightning_modules.memory_model import Batch, MemoryModel, Problem
 
 from .registry import Row, environment, read, write
 
@@ -40,144 +35,29 @@ RESULTS = Path(__file__).parent / "results"
 CELLS = ("lstm", "gru", "rnn_tanh", "lstm_peephole", "gru_reset_before")
 BIASES = ("1", "chrono", "0")
 """These and the cells in the order in which they are trained: the most telling runs first."""
-KEY = ("task", "cell", "bias", "seed")
+KEY = ("task", "cell", "bias", "seed", "learning_rate")
 CLIP = 1.0
 PROBE = 32
 """Rows of the batch on which gradients and gates are measured."""
 
 
-class Batch(NamedTuple):
-    """Inputs [T, B, I], lengths [B] or None, and targets: [B], or [T, B] for one at every step."""
-
-    x: Tensor
-    lengths: Tensor | None
-    target: Tensor
-
-
-def adding(batch: int, length: int) -> Batch:
-    """Numbers in [0, 1], marked once in each half; the answer is the sum of the marked ones."""
-    values, rows = torch.rand(length, batch), torch.arange(batch)
-    marks = torch.zeros(length, batch)
-    half = length // 2
-    marks[torch.randint(half, (batch,)), rows] = 1.0
-    marks[torch.randint(half, length, (batch,)), rows] = 1.0
-    return Batch(torch.stack([values, marks], -1), None, (values * marks).sum(0))
-
-
-def temporal_order(batch: int, length: int) -> Batch:
-    """Symbols a b c d, begin, end, and X or Y at two places; the answer is which of XX, XY, YX, YY.
-
-    Lengths are `length` to 1.1 `length`; the places lie a tenth to a fifth and a half to six tenths
-    of `length` from the start.
-    """
-    longest, rows = length + length // 10, torch.arange(batch)
-    lengths = torch.randint(length, longest + 1, (batch,))
-    symbols = torch.randint(4, (longest, batch))
-    symbols[0] = 4
-    symbols[lengths - 1, rows] = 5
-    first, second = torch.randint(2, (2, batch))
-    symbols[torch.randint(length // 10, length // 5 + 1, (batch,)), rows] = 6 + first
-    symbols[torch.randint(length // 2, 6 * length // 10 + 1, (batch,)), rows] = 6 + second
-    return Batch(F.one_hot(symbols, 8).float(), lengths, 2 * first + second)
-
-
-def copy_memory(batch: int, length: int) -> Batch:
-    """Ten symbols, blanks, a sign `length` steps after them, and then the ten symbols as answer."""
-    memory = torch.randint(1, 9, (10, batch))
-    symbols, target = torch.zeros(2, length + 20, batch, dtype=torch.int64)
-    symbols[:10], symbols[length + 9], target[length + 10 :] = memory, 9, memory
-    return Batch(F.one_hot(symbols, 10).float(), None, target)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A generated task.
-
-    Attributes:
-        generate: draws a batch of a number of rows.
-        length: T.
-        inputs: I.
-        outputs: size of an answer.
-        chance: loss without memory.
-        solved: loss below which the task counts as solved.
-    """
-
-    generate: Callable[[int, int], Batch]
-    length: int
-    inputs: int
-    outputs: int
-    chance: float
-    solved: float
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean squared error of one number, cross-entropy in nats otherwise."""
-        if self.outputs == 1:
-            return F.mse_loss(outputs.squeeze(-1), batch.target)
-        return F.cross_entropy(outputs.flatten(0, -2), batch.target.flatten())
-
-
-def make_task(name: str) -> Task:
+def make_task(name: str) -> Problem:
     """A task from its name and length: "adding-200", "order-100", "copy-100".
 
     Raises:
         ValueError: there is no such task.
     """
     kind, _, digits = name.partition("-")
-    if kind not in ("adding", "order", "copy") or not digits.isdecimal() or int(digits) < 10:
-        raise ValueError(f"task must be adding-T, order-T or copy-T with T >= 10, got {name!r}")
-    length = int(digits)
-    if kind == "adding":
-        return Task(adding, length, 2, 1, 1 / 6, 0.01)
-    if kind == "order":
-        return Task(temporal_order, length, 8, 4, math.log(4), 0.01)
-    chance = 10 * math.log(8) / (length + 20)
-    return Task(copy_memory, length, 10, 9, chance, 0.1 * chance)
-
-
-class Model(nn.Module):
-    """A recurrent layer, and a linear answer at the end or at every step."""
-
-    def __init__(self, task: Task, cell: str, bias: str, hidden_size: int) -> None:
-        super().__init__()
-        self.layer = RecurrentStack(task.inputs, [hidden_size], cell)
-        set_carry_bias(self.layer, bias, task.length)
-        self.head = nn.Linear(hidden_size, task.outputs)
-
-    def answer(self, y: Tensor, batch: Batch) -> Tensor:
-        """From the layer's outputs [T, B, H]."""
-        if batch.target.dim() == 2:
-            return self.head(y)
-        if batch.lengths is None:
-            return self.head(y[-1])
-        return self.head(y[batch.lengths - 1, torch.arange(y.shape[1])])
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Answer a batch."""
-        return self.answer(self.layer(batch.x, lengths=batch.lengths)[0], batch)
-
-
-@torch.no_grad()
-def set_carry_bias(stack: RecurrentStack, bias: str, length: int) -> None:
-    """Set the bias of the carry gate in every layer; a cell without one stays as it is."""
-    for layer in stack.layers:
-        size = layer.hidden_size
-        gates = len(layer.bias_ih_l0) // size
-        if gates not in CARRY:
-            continue
-        value = torch.full((size,), float(bias)) if bias != "chrono" else None
-        if value is None:
-            value = torch.empty(size).uniform_(1, length - 1).log()
-        carry = slice(size, 2 * size)
-        layer.bias_ih_l0[carry], layer.bias_hh_l0[carry] = value, 0.0
-        if gates == 4 and bias == "chrono":
-            layer.bias_ih_l0[:size], layer.bias_hh_l0[:size] = -value, 0.0
+    if not digits.isdecimal():
+        raise ValueError(f"task must be adding-T, order-T or copy-T, got {name!r}")
+    return Problem(kind, int(digits))
 
 
 PLACES = range(0, 101, 10)
 """Where in the sequence the gradient is measured, in percent of the steps that all rows have."""
 
 
-def measure(model: Model, task: Task, batch: Batch) -> Row:
+def measure(model: MemoryModel, task: Problem, batch: Batch) -> Row:
     """Measure gradient norms and the carry gate on a batch, in float64: an RNN's reach 1e-50.
 
     `gradient_h_0` ... `gradient_h_100` are ||dL/dh_t|| along the sequence, `gradient_c_0` and
@@ -209,16 +89,18 @@ def measure(model: Model, task: Task, batch: Batch) -> Row:
     return {name: f"{value.item():.4g}" for name, value in values.items()}
 
 
-def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespace) -> Iterator[Row]:
+def train(
+    name: str, cell: str, bias: str, seed: int, learning_rate: float, options: argparse.Namespace
+) -> Iterator[Row]:
     """Train one model, and yield what is known of it every `options.every` steps and at the end."""
     torch.manual_seed(seed)
     task = make_task(name)
-    model = Model(task, cell, bias, options.hidden_size)
-    optimizer = torch.optim.Adam(model.parameters(), options.learning_rate)
+    model = MemoryModel(task.name, task.length, cell, bias, options.hidden_size)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     start, recent = time.perf_counter(), []
     for step in itertools.count():
         seconds = time.perf_counter() - start
-        batch = task.generate(options.batch_size, task.length)
+        batch = task.generate(options.batch_size)
         loss = task.loss(model(batch), batch)
         recent.append(loss.item())
         smooth = sum(recent[-50:]) / len(recent[-50:])
@@ -230,14 +112,14 @@ def train(name: str, cell: str, bias: str, seed: int, options: argparse.Namespac
                 "cell": cell,
                 "bias": bias,
                 "seed": seed,
-                "learning_rate": options.learning_rate,
+                "learning_rate": learning_rate,
                 "step": step,
                 "loss": round(smooth, 6),
                 "chance": round(task.chance, 6),
                 "solved": solved,
                 "finished": finished,
                 "seconds": round(seconds, 1),
-                **measure(model, task, task.generate(PROBE, task.length)),
+                **measure(model, task, task.generate(PROBE)),
             }
         if finished:
             return
@@ -256,7 +138,7 @@ def study(options: argparse.Namespace) -> None:
     where = environment()
     print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
     runs = [
-        (task, cell, "none" if cell.startswith("rnn") else bias, seed)
+        (task, cell, "none" if cell.startswith("rnn") else bias, seed, options.learning_rate)
         for seed in options.seeds
         for task in options.tasks
         for bias in options.biases
@@ -315,13 +197,13 @@ def figures(path: Path) -> list[Path]:
 
 
 Runs = Mapping[tuple[str, ...], Run]
-"""The runs of a task, by cell, bias and seed."""
+"""The runs of a task, by cell, bias, seed and learning rate."""
 
 
 def losses(axes: Sequence[Any], task: str, runs: Runs) -> None:
     """Loss over the steps of training, a panel for each carry bias; an RNN has none: in all."""
     for axis, wanted in zip(axes, BIASES, strict=True):
-        for (cell, bias, _), run in runs.items():
+        for (cell, bias, *_), run in runs.items():
             if bias in (wanted, "none"):
                 _curve(axis, run, "loss", CELLS.index(cell), cell)
         axis.axhline(make_task(task).chance, color="grey", linestyle=":", label="chance")
@@ -332,7 +214,7 @@ def losses(axes: Sequence[Any], task: str, runs: Runs) -> None:
 
 def steps(axes: Sequence[Any], task: str, runs: Runs) -> None:
     """Steps until a run solved the task; a cross is one that did not."""
-    for (cell, bias, _), run in runs.items():
+    for (cell, bias, *_), run in runs.items():
         place = CELLS.index(cell) + (0 if bias == "none" else (BIASES.index(bias) - 1) / 4)
         marker = "o" if run[-1]["solved"] == "True" else "x"
         color = "grey" if bias == "none" else f"C{BIASES.index(bias)}"
@@ -345,7 +227,7 @@ def steps(axes: Sequence[Any], task: str, runs: Runs) -> None:
 
 def gradients(axes: Sequence[Any], task: str, runs: Runs) -> None:
     """Norms of dL/dh_t along the sequence, before and after training, and their ratio meanwhile."""
-    for (cell, bias, _), run in runs.items():
+    for (cell, bias, *_), run in runs.items():
         if bias not in (BIASES[0], "none"):
             continue
         color, label = f"C{CELLS.index(cell)}", cell if bias == "none" else f"{cell}, bias {bias}"
@@ -365,7 +247,7 @@ def gradients(axes: Sequence[Any], task: str, runs: Runs) -> None:
 def gates(axes: Sequence[Any], task: str, runs: Runs) -> None:
     """The mean carry gate of the tenth of units that carry most, a panel for each cell."""
     for axis, wanted in zip(axes, (c for c in CELLS if not c.startswith("rnn")), strict=True):
-        for (cell, bias, _), run in runs.items():
+        for (cell, bias, *_), run in runs.items():
             if cell == wanted:
                 _curve(axis, run, "carry_top_tenth", BIASES.index(bias), f"carry bias {bias}")
         axis.axhline(1.0, color="grey", linestyle=":")

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from fusedrnn.diagnostics import Record, draw, draw_history, record
+from lightning_modules.base import Task
 from lightning_modules.reporting import log_figure
 
 
@@ -168,9 +169,10 @@ class LatestRun(Callback):
         best = os.path.relpath(best)
         print(
             "Evaluate: python -m fusedrnn.train test "
-            f"--config {os.path.relpath(run / 'config.yaml')} --ckpt_path {best}\n"
-            f"Use:      python -m fusedrnn.train predict --ckpt_path {best} --input FILE"
+            f"--config {os.path.relpath(run / 'config.yaml')} --ckpt_path {best}"
         )
+        if getattr(type(pl_module), "predict_lines", None) is not Task.predict_lines:
+            print(f"Use:      python -m fusedrnn.train predict --ckpt_path {best} --input FILE")
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -1,6 +1,7 @@
 """Vocabularies, batches, readers and data modules."""
 
 from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader, lengths, pad
+from lightning_modules.data.memory import MemoryData
 from lightning_modules.data.pairs import PairBatch, PairCodec, PairData, Symbols
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.tagging import TaggingBatch, TaggingCodec, TaggingData
@@ -8,6 +9,7 @@ from lightning_modules.data.vocabulary import Vocabulary
 
 __all__ = [
     "BucketBatchSampler",
+    "MemoryData",
     "PairBatch",
     "PairCodec",
     "PairData",
