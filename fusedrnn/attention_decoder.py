@@ -272,7 +272,7 @@ class AttentionDecoder(nn.Module):
             x = torch.cat([x, state.feed.to(x.dtype)], -1)
         outputs, layers = self.stack.step(x, state.layers)
         result = self._attend(outputs[:, None], state, found)
-        result = DecoderOutput(*(None if v is None else v[:, 0] for v in result))
+        result = DecoderOutput(*(cast(Any, None if v is None else v[:, 0]) for v in result))
         feed = None if state.feed is None else result.features
         coverage = state.coverage
         if coverage is not None and result.weights is not None:
@@ -379,6 +379,6 @@ class AttentionDecoder(nn.Module):
         feed = None if state.feed is None else found.features[-1]
         coverage = None if state.coverage is None else state.coverage + found.weights.sum(0)
         return (
-            DecoderOutput(*(None if v is None else v.transpose(0, 1) for v in results)),
+            DecoderOutput(*(cast(Any, None if v is None else v.transpose(0, 1)) for v in results)),
             DecoderState(state.source, cast(list[LayerState], layers), feed, coverage),
         )

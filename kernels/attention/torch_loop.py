@@ -246,7 +246,7 @@ def unroll(
         for index, z in enumerate(run.gates):
             sees, h = run.seen[index][t], run.seen[index][t + 1, :, fed[index] :]
             z = z[t].addmm_(sees, transposed[index])
-            cells = ()
+            cells: tuple[Tensor, ...] = ()
             if run.cells:
                 c, squashed = run.cells[index]
                 cells = (c[t], c[t + 1], squashed[t])
@@ -340,7 +340,7 @@ class _Backward:
             now = slice(first, last)
             cells = []
             for index, z in enumerate(run.gates):
-                c = ()
+                c: tuple[Tensor, ...] = ()
                 if run.cells:
                     c = (run.cells[index][0][now], run.cells[index][1][now])
                 h = run.seen[index][now, :, self.fed[index] :]

@@ -1,0 +1,296 @@
+"""The attention decoder: its oracle against torch.nn, its written-out backward against that."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kernels.attention import FEEDBACKS, Sampling, decode, reference, torch_loop
+from tests.kernels.attention_cases import KINDS, flatten, outputs_and_gradients, random_case
+
+BACKENDS = {"torch": torch_loop.decode, "reference": reference.decode}
+VARIANTS = [
+    pytest.param(*v, id="-".join(v)) for v in itertools.product(("lstm", "gru"), FEEDBACKS, KINDS)
+]
+
+
+def assert_close(actual, expected, **tolerances):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerances
+        )
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@torch.no_grad()
+def test_reference_is_made_of_the_building_blocks_of_torch(cell, feedback):
+    """Cells and softmax attention of torch.nn, one row at a time without padding."""
+    case = random_case(cell, feedback, "product", lengths=[4, 2, 3])
+    v = case.leaves
+    found = reference.decode(*case.arguments())
+    module = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell](v["w_ih_0"].shape[1], 5).double()
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    ours = (v[f"{n}_0"] for n in ("w_ih", "w_hh", "b_ih", "b_hh"))
+    module.load_state_dict(dict(zip(names, ours, strict=True)))
+    for row, length in enumerate(case.lengths.tolist()):
+        keys, projected = v["keys"][row, :length], v["projected"][row, :length]
+
+        def attend(h, keys=keys, projected=projected):
+            # scaled_dot_product_attention divides by the root of the size unless told
+            return nn.functional.scaled_dot_product_attention(h, projected, keys, scale=1.0)
+
+        h = v["h_0"][row : row + 1]
+        state = (h, v["c_0"][row : row + 1]) if cell == "lstm" else h
+        fed = v["feed"][row : row + 1] if feedback == "features" else None
+        for t in range(3):
+            x = v["x"][t, row : row + 1]
+            context = attend(h)
+            if feedback != "none":
+                x = torch.cat([x, fed if feedback == "features" else context], 1)
+            state = module(x, state)
+            h = state[0] if cell == "lstm" else state
+            context = context if feedback == "context" else attend(h)
+            fed = torch.tanh(torch.cat([context, h], 1) @ v["combine"].T)
+            torch.testing.assert_close(found.outputs[t, row], h[0])
+            torch.testing.assert_close(found.context[t, row], context[0])
+            torch.testing.assert_close(found.features[t, row], fed[0])
+
+
+@torch.no_grad()
+def test_reference_coverage_is_its_equation():
+    """See et al. 2017, equations 10 and 11, with Python sums."""
+    case = random_case("gru", "none", "additive", coverage=True, start=False)
+    v, found = case.leaves, reference.decode(*case.arguments())
+    for row in range(3):
+        seen = [0.0] * 4
+        for t in range(3):
+            query = v["query"] @ found.outputs[t, row]
+            score = [
+                v["energy"]
+                @ torch.tanh(query + v["projected"][row, s] + seen[s] * v["coverage_weight"])
+                for s in range(4)
+            ]
+            alpha = torch.softmax(torch.stack(score), 0)
+            torch.testing.assert_close(found.weights[t, row], alpha)
+            seen = [a + float(b) for a, b in zip(seen, alpha, strict=True)]
+
+
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+@pytest.mark.parametrize("coverage", [False, True], ids=["", "coverage"])
+@pytest.mark.parametrize("hidden", [(5,), (3, 5)], ids=["one-layer", "two-layers"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
+def test_torch_loop_agrees_with_the_reference(cell, feedback, kind, coverage, hidden, dropout):
+    case = random_case(
+        cell, feedback, kind, coverage=coverage, hidden=hidden, dropout=dropout, lengths=[4, 1, 2]
+    )
+    expected = outputs_and_gradients(reference.decode, case)
+    assert all(v.any() for v in expected.values())
+    assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+
+
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+def test_written_out_backward_is_the_derivative(cell, feedback, kind):
+    case = random_case(
+        cell, feedback, kind, coverage=True, hidden=(2, 3), lengths=[2, 1], batch=2,
+        source=2, inputs=2, keys=2, features=2, steps=2,
+    )  # fmt: skip
+    names = list(case.leaves)
+
+    def run(*leaves):
+        other = case._replace(leaves=dict(zip(names, leaves, strict=True)))
+        return tuple(flatten(torch_loop.decode(*other.arguments())).values())
+
+    assert torch.autograd.gradcheck(run, tuple(case.leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("only", ["features", "outputs", "context", "weights", "h_n_0", "c_n_0"])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_gradient_of_one_result(feedback, only):
+    case = random_case("lstm", feedback, "additive", coverage=True)
+    expected, actual = (
+        outputs_and_gradients(run, case, only=(only,))
+        for run in (reference.decode, torch_loop.decode)
+    )
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 10**9])
+def test_chunks_of_factors_change_nothing(chunk, monkeypatch):
+    case = random_case("lstm", "features", "additive", coverage=True, steps=7)
+    expected = outputs_and_gradients(reference.decode, case)
+    monkeypatch.setattr(torch_loop, "CHUNK", chunk)
+    assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+
+
+def test_without_biases_or_anything_to_start_from():
+    case = random_case("gru", "features", "product", coverage=True, bias=False, start=False)
+    expected = outputs_and_gradients(reference.decode, case)
+    assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    draw = data.draw
+    source, batch = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    lengths = st.lists(st.integers(1, source), min_size=batch, max_size=batch)
+    case = random_case(
+        draw(st.sampled_from(["lstm", "gru"])),
+        draw(st.sampled_from(FEEDBACKS)),
+        draw(st.sampled_from(KINDS)),
+        steps=draw(st.integers(1, 5)),
+        lengths=draw(st.none() | lengths),
+        batch=batch,
+        source=source,
+        inputs=draw(st.integers(1, 4)),
+        hidden=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
+        keys=draw(st.integers(1, 5)),
+        features=draw(st.integers(1, 5)),
+        coverage=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+    expected = outputs_and_gradients(reference.decode, case)
+    assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+def test_padding_never_matters_even_where_it_is_nan(cell, feedback, kind, backend):
+    only = ("features", "outputs", "context")
+    case = random_case(cell, feedback, kind, coverage=True, lengths=[4, 1, 2])
+    expected = outputs_and_gradients(BACKENDS[backend], case, only)
+    leaves = dict(case.leaves)
+    for name in ("keys", "projected", "coverage"):
+        value = leaves[name].detach()
+        padding = torch.arange(4) >= case.lengths[:, None]
+        fill = 0.0 if name == "coverage" else float("nan")
+        value = value.masked_fill(padding if value.dim() == 2 else padding[..., None], fill)
+        longer = value.new_full((3, 3, *value.shape[2:]), fill)
+        leaves[name] = torch.cat([value, longer], 1).requires_grad_()
+    actual = outputs_and_gradients(BACKENDS[backend], case._replace(leaves=leaves), only)
+    for name in ("weights", "dkeys", "dprojected"):
+        actual[name], beyond = actual[name].split((4, 3), -1 if name == "weights" else 1)
+        assert not beyond.any(), name
+    del actual["dcoverage"], expected["dcoverage"]  # given at padding too, where it is not used
+    assert_close(actual, expected)
+
+
+class Words:
+    """An embedding and an output layer over a few symbols."""
+
+    def __init__(self, size, features):
+        torch.manual_seed(0)
+        self.embedding = torch.randn(6, size, dtype=torch.float64, requires_grad=True)
+        self.output = torch.randn(6, features, dtype=torch.float64)
+
+    def sampling(self, symbols, replaced, mask=None):
+        def logits(features):
+            return 3 * features @ self.output.t()
+
+        return Sampling(symbols, replaced, lambda s: self.embedding[s], logits, mask)
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
+def test_scheduled_sampling(feedback, dropout):
+    """Both backends draw the same symbols, and differentiate as if those had been given."""
+    case = random_case(
+        "lstm", feedback, "additive", steps=8, batch=5, hidden=(3, 5), dropout=dropout
+    )
+    generator = torch.Generator().manual_seed(0)
+    symbols = torch.randint(6, (8, 5), generator=generator)
+    replaced = torch.rand(8, 5, generator=generator) < 0.5
+    replaced[0] = False
+    words = Words(3, 6)
+    mask = None if not dropout else (torch.rand(8, 5, 3, generator=generator) > 0.4).double()
+    grads, fed = [], []
+    for run in (reference.decode, torch_loop.decode):
+        torch.manual_seed(7)
+        found = run(*case.arguments(), words.sampling(symbols, replaced, mask))
+        fed.append(found.symbols)
+        leaves = [words.embedding, *(t for n, t in case.leaves.items() if n != "x")]
+        grads.append(torch.autograd.grad(found.features.square().sum(), leaves))
+    assert torch.equal(*fed)
+    assert torch.equal(fed[0][~replaced], symbols[~replaced])
+    assert (fed[0][replaced] != symbols[replaced]).any()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    x = words.embedding[fed[0]] * (1.0 if mask is None else mask)
+    given_x = reference.decode(case.problem, x, *case.arguments()[2:])
+    torch.testing.assert_close(given_x.features, found.features)
+    forced = torch.autograd.grad(given_x.features.square().sum(), leaves)
+    for a, b in zip(grads[1], forced, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_samples_follow_the_prediction():
+    """20,000 draws after the same step: frequencies within 5 standard deviations."""
+    words, n = Words(3, 6), 20_000
+    features = torch.randn(1, 6, dtype=torch.float64).expand(n, -1)
+    symbols = torch.zeros(2, n, dtype=torch.int64)
+    sampling = words.sampling(symbols, torch.ones(2, n, dtype=torch.bool))
+    drawn = sampling.draw(1, features).bincount(minlength=6) / n
+    p = sampling.logits(features[:1]).softmax(-1)[0]
+    assert ((drawn - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype):
+    """On a CPU they compute in float32: results differ from it by one rounding."""
+    case = random_case("lstm", "features", "additive", coverage=True).to(dtype)
+    wide = outputs_and_gradients(decode, case.to(torch.float32))
+    actual = outputs_and_gradients(decode, case)
+    for name, value in actual.items():
+        assert value.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        # gradients come from rounded gradients of the results: the tensor's size counts
+        torch.testing.assert_close(
+            value.float(), wide[name], rtol=eps, atol=8 * eps * float(wide[name].abs().max())
+        )
+
+
+def test_gradients_of_gradients_need_the_reference():
+    case = random_case("gru", "features", "product")
+    found = decode(*case.arguments(), backend="torch").features.sum()
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(found, case.leaves["x"], create_graph=True)
+    found = decode(*case.arguments(), backend="reference").features.sum()
+    (grad,) = torch.autograd.grad(found, case.leaves["x"], create_graph=True)
+    assert torch.autograd.grad(grad.sum(), case.leaves["w_hh_0"])[0].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("keys", torch.zeros(2, 4, 4), r"keys must have shape \[3, 4, 4\], got \[2, 4, 4\]"),
+        ("projected", torch.zeros(3, 4, 9), "projected must have size 5, got 9"),
+        ("x", torch.zeros(3, 3), r"x must have 3 dimensions, got shape \[3, 3\]"),
+        ("w_hh_0", torch.zeros(19, 5), r"w_hh of layer 0 must have shape \[20, 5\]"),
+        ("h_0", torch.zeros(3, 4), r"h of layer 0 must have shape \[3, 5\]"),
+        ("combine", torch.zeros(6, 8), r"combine must have shape \[6, 9\]"),
+    ],
+)
+def test_wrong_shapes_are_named(name, value, message):
+    case = random_case()
+    with pytest.raises(ValueError, match=message):
+        decode(*case._replace(leaves=case.leaves | {name: value}).arguments())
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 2], [5, 1, 1]], ids=str)
+def test_wrong_lengths_are_named(lengths):
+    with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.4"):
+        decode(*random_case(lengths=lengths).arguments())
+
+
+def test_wrong_names_are_named():
+    arguments = random_case().arguments()
+    with pytest.raises(ValueError, match="feedback must be one of none, features, context"):
+        decode(arguments[0].__class__("lstm", "all"), *arguments[1:])
+    with pytest.raises(ValueError, match="backend must be one of"):
+        decode(*arguments, backend="cuda")
