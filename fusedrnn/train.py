@@ -26,12 +26,14 @@ from lightning_modules.base import read_checkpoint
 from lightning_modules.callbacks import LastCheckpoint
 from lightning_modules.formats import BadLine
 from lightning_modules.loggers import RunLogger
+from lightning_modules.model_card import ModelCard
 
 CONFIGS = Path(lightning_modules.__file__).parent / "configs"
 
-TRAINER_DEFAULTS = {
+TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
     "use_distributed_sampler": False,  # BucketBatchSampler deals its batches out by itself
+    "callbacks": [ModelCard()],  # of every run, beside those of its configuration
 }
 
 

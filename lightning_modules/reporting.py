@@ -54,6 +54,28 @@ def log_table(
         logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])
 
 
+@rank_zero_only
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table, text to the left and numbers to the right.
+
+    Args:
+        title: the line above it.
+        columns: names of the columns.
+        rows: cells, strings or numbers; fractions get four digits.
+    """
+    cells = [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    table = [list(columns), *cells]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = [any(isinstance(row[i], str) for row in rows) for i in range(len(columns))]
+    print(f"\n{title}")
+    for row in table:
+        padded = (
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(row, widths, left, strict=True)
+        )
+        print("  ".join(padded).rstrip())
+
+
 def _files(module: L.LightningModule, key: str, suffix: str) -> list[Path]:
     folders = [
         Path(lg.log_dir) / "media" for lg in module.trainer.loggers if isinstance(lg, CSVLogger)

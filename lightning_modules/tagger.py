@@ -28,7 +28,7 @@ from lightning_modules.formats import (
     tokenize,
 )
 from lightning_modules.metrics import SpanF1, precision_recall_f1
-from lightning_modules.reporting import log_figure, log_table
+from lightning_modules.reporting import log_figure, log_table, print_table
 from lightning_modules.tagger_model import Head, TaggerModel
 
 UNSEEN = "<unseen>"
@@ -219,6 +219,8 @@ class Tagger(Task):
             self.log_dict({f"{key}/{name}": value for name, value in values.items()}, prog_bar=True)
             columns = ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
             log_table(self, f"{key}/labels", columns, labels)
+            if stage == "test":
+                print_table(f"{key}: labels", columns, labels)
         log_table(
             self, f"{stage}/samples", ["tokens", "gold", "predicted"], self._samples[:SAMPLES]
         )
@@ -231,8 +233,11 @@ class Tagger(Task):
     def _draw(self, stage: str) -> None:
         for task, confusion in zip(self.codec.tasks, self._confusions, strict=False):
             key = f"{stage}/{task.name}".rstrip("/")
-            figure = confusion_figure(confusion, [*task.tags.symbols, UNSEEN])
-            log_figure(self, f"{key}/confusion_matrix", figure)
+            names = [*task.tags.symbols, UNSEEN]
+            log_figure(self, f"{key}/confusion_matrix", confusion_figure(confusion, names))
+            log_table(self, f"{key}/confusion_counts", *confusion_table(confusion, names, None))
+            if stage == "test":
+                print_table(f"{key}: confusion of tags", *confusion_table(confusion, names))
 
     def tag(
         self,
@@ -421,6 +426,30 @@ class Scores(nn.Module):
         for metric in (self.loss, self.accuracy, self.confusion, self.spans):
             if metric is not None:
                 metric.reset()
+
+
+def confusion_table(
+    confusion: Tensor, names: Sequence[str], most: int | None = 16
+) -> tuple[list[str], list[list[Any]]]:
+    """Make a table of a confusion matrix.
+
+    Args:
+        confusion: [K, K], counts, gold tags down and predicted tags across.
+        names: the names of the K tags; those that never occur are left out.
+        most: of more tags than these only the most frequent confusions are listed, two dozen; None:
+            always the whole matrix.
+
+    Returns:
+        The names of the columns, and the rows.
+    """
+    used = (confusion.sum(0) + confusion.sum(1)).nonzero()[:, 0].tolist()
+    counts = confusion.tolist()
+    if most is None or len(used) <= most:
+        rows = [[names[i], *(counts[i][j] for j in used)] for i in used]
+        return ["gold \\ predicted", *(names[j] for j in used)], rows
+    pairs = [[names[i], names[j], counts[i][j]] for i in used for j in used if i != j]
+    worst = sorted((pair for pair in pairs if pair[2]), key=lambda pair: -pair[2])
+    return ["gold", "predicted", "count"], worst[:24]
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:

@@ -543,6 +543,20 @@ class TaggingData(L.LightningDataModule):
                 codec, training = self.codec, split == "train"
                 self._rows[split] = [codec.encode(sentence, training) for sentence in sentences]
 
+    def describe(self) -> dict[str, Any]:
+        """Say in a few words what the data are, for a model card."""
+        places = {split: place for split, place in self._places.items() if place is not None}
+        counts = {
+            f"words of {split}": f"{sum(len(s.tokens) for s in sentences):,}"
+            for split, sentences in self._sentences.items()
+        }
+        columns = (
+            ", ".join(str(column) for column in self.tag_columns if column is not None) or None
+        )
+        asked = {"tags": columns, "scheme": self.scheme, "vectors": self.vectors}
+        named = {"dataset": self.dataset, "configuration": self.config, **places, **asked}
+        return {name: value for name, value in named.items() if value is not None} | counts
+
     def _short(self, sentences: list[Sentence]) -> list[Sentence]:
         if self.max_length is None:
             return sentences

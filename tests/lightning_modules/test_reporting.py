@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
 from lightning_modules.loggers import RunLogger
-from lightning_modules.reporting import log_figure, log_table
+from lightning_modules.reporting import log_figure, log_table, print_table
 from tests.toy import ToyData, ToyTask
 
 
@@ -56,3 +56,16 @@ def test_files_and_wandb(tmp_path):
 def test_no_logger_is_no_error(tmp_path, loggers):
     fit(tmp_path, loggers)
     assert not list(tmp_path.rglob("media"))
+
+
+def test_print_table(capsys):
+    print_table("title", ["name", "share", "n"], [["a", 0.5, 7], ["bcdef", 1.0, 10]])
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "title",
+        "name    share   n",
+        "a      0.5000   7",
+        "bcdef  1.0000  10",
+    ]
+    print_table("none", ["a"], [])
+    assert capsys.readouterr().out == "\nnone\na\n"

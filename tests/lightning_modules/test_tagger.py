@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.readers import Sentence
 from lightning_modules.data.tagging import TaggingCodec, TaggingData
-from lightning_modules.tagger import Scores, Tagger, confusion_figure
+from lightning_modules.tagger import Scores, Tagger, confusion_figure, confusion_table
 
 SMALL = {
     "word_size": 12,
@@ -75,7 +75,9 @@ def trained(data: TaggingData, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return tagger.eval(), folder
 
 
-def test_learns_and_logs(trained: tuple[Tagger, Path], data: TaggingData) -> None:
+def test_learns_and_logs(
+    trained: tuple[Tagger, Path], data: TaggingData, capsys: pytest.CaptureFixture
+) -> None:
     tagger, folder = trained
     (scores,) = trainer(folder / "test").test(tagger, data, verbose=False)
     assert set(scores) == {f"test/{n}" for n in ("loss", "accuracy", "precision", "recall", "f1")}
@@ -93,6 +95,14 @@ def test_learns_and_logs(trained: tuple[Tagger, Path], data: TaggingData) -> Non
     rows = [line.split(",") for line in labels.read_text().splitlines()]
     assert rows[0] == ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
     assert rows[1][0] == "PER"
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed[printed.index(["test:", "labels"]) + 1] == rows[0]
+    assert [cell for line in printed if line[:1] == ["PER"] for cell in line][-3:] == rows[1][-3:]
+    (counts,) = folder.rglob("media/test/confusion_counts_*.csv")
+    matrix = [line.split(",") for line in counts.read_text().splitlines()]
+    assert all(row in printed for row in matrix[1:])
+    words = sum(len(sentence.tokens) for sentence in data.sentences("test"))
+    assert sum(int(cell) for row in matrix[1:] for cell in row[1:]) == words
     assert float(rows[1][3]) == pytest.approx(scores["test/f1"], abs=1e-6)
 
 
@@ -326,6 +336,17 @@ def test_scores_of_single_labels_by_hand() -> None:
         ]
         assert confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
         scores.reset()
+
+
+def test_confusion_table() -> None:
+    confusion: Tensor = torch.tensor([[3, 1, 0, 0], [5, 2, 0, 2], [0, 0, 0, 0], [0, 0, 0, 1]])
+    names = ["A", "B", "C", "D"]
+    columns, rows = confusion_table(confusion, names)
+    assert columns == ["gold \\ predicted", "A", "B", "D"]
+    assert rows == [["A", 3, 1, 0], ["B", 5, 2, 2], ["D", 0, 0, 1]]
+    columns, rows = confusion_table(confusion, names, most=2)
+    assert columns == ["gold", "predicted", "count"]
+    assert rows == [["B", "A", 5], ["B", "D", 2], ["A", "B", 1]]
 
 
 def test_confusion_figure_leaves_out_what_never_occurs() -> None:
