@@ -10,6 +10,7 @@ changes nothing but rounding.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "Constraints",
     "Hypotheses",
+    "SearchOptions",
     "SearchState",
     "beam_search",
     "ensemble",
@@ -482,3 +484,95 @@ def _check(limits: Tensor, alpha: float) -> None:
         raise ValueError(f"limits must be [B] numbers of at least 1, got {limits.tolist()}")
     if alpha < 0:
         raise ValueError(f"alpha must be at least 0 (the stop rule needs it), got {alpha}")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which search to run, and how.
+
+    Attributes:
+        beam_size: hypotheses kept at each step; 1 for greedy search.
+        n_best: hypotheses to return, at most `beam_size`; when sampling, how many to draw.
+        length_penalty: `alpha` of the length penalty.
+        min_length: see `Constraints`.
+        max_length: most symbols, the end symbol not counted, where the row's limit allows more.
+        no_repeat_ngram_size: see `Constraints`.
+        sampling: whether to draw symbols by chance.
+        temperature: see `sample`.
+        top_k: see `sample`.
+        top_p: see `sample`.
+        seed: of sampling. What is drawn for a row depends on it and on the row's number alone.
+
+    Raises:
+        ValueError: an attribute is out of range, or two of them exclude each other.
+    """
+
+    beam_size: int = 1
+    n_best: int = 1
+    length_penalty: float = 0.0
+    min_length: int = 0
+    max_length: int | None = None
+    no_repeat_ngram_size: int = 0
+    sampling: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampling and self.beam_size != 1:
+            raise ValueError(f"beam_size: expected 1 when sampling, got {self.beam_size}")
+        if not self.sampling and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError("temperature, top_k, top_p: expected only with sampling")
+        most = max(self.n_best, 1) if self.sampling else self.beam_size
+        if not 1 <= self.n_best <= most:
+            raise ValueError(
+                "expected 1 <= n_best <= beam_size, "
+                f"got n_best={self.n_best}, beam_size={self.beam_size}"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: expected at least 1, got {self.max_length}")
+
+    def run(
+        self,
+        step: Step[State],
+        state: State,
+        limits: Tensor,
+        begin: int,
+        end: int,
+        numbers: Sequence[int] | None = None,
+    ) -> Hypotheses:
+        """Search.
+
+        Args:
+            step: the model.
+            state: of the B rows before the first symbol.
+            limits: int64 [B], the most symbols a row may have, the end symbol counted.
+            begin: number of the begin symbol.
+            end: number of the end symbol.
+            numbers: of the B rows, for sampling; by default their places in the batch.
+
+        Returns:
+            `n_best` hypotheses for each row.
+        """
+        if self.max_length is not None:
+            limits = limits.clamp(max=self.max_length + 1)
+        constraints = Constraints(self.min_length, self.no_repeat_ngram_size)
+        options: dict[str, Any] = {"alpha": self.length_penalty, "constraints": constraints}
+        if self.sampling:
+            draws = self._draws(limits, range(len(limits)) if numbers is None else numbers)
+            options |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            return sample(step, state, limits, begin, end, draws, **options)
+        if self.beam_size == 1:
+            return greedy_search(step, state, limits, begin, end, **options)
+        return beam_search(step, state, limits, begin, end, self.beam_size, self.n_best, **options)
+
+    def _draws(self, limits: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Random numbers [B, N, L] of each row's own generator."""
+        sizes = limits.tolist()
+        draws = torch.zeros(len(sizes), self.n_best, max(sizes))
+        for row, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
+            digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            draws[row, :, :size] = torch.rand(self.n_best, size, generator=generator)
+        return draws.to(limits.device)
