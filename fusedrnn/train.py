@@ -1,4 +1,7 @@
-"""Trains, evaluates and uses models: `python -m fusedrnn.train {fit,validate,test,predict}`."""
+"""Trains, evaluates and uses models.
+
+`python -m fusedrnn.train {fit,validate,test,predict,average}`.
+"""
 
 import argparse
 import io
@@ -22,6 +25,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import lightning_modules.data
 from lightning_modules import CheckpointError, Task
+from lightning_modules.averaging import average_checkpoints
 from lightning_modules.base import read_checkpoint
 from lightning_modules.callbacks import LastCheckpoint
 from lightning_modules.formats import BadLine
@@ -129,7 +133,7 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
             this process.
 
     Returns:
-        The CLI, with its `trainer`, `model` and `datamodule`; None after `predict`.
+        The CLI, with its `trainer`, `model` and `datamodule`; None after `predict` and `average`.
 
     Raises:
         SystemExit: with code 2 after a line on stderr, when the input is wrong; with 128 and the
@@ -140,6 +144,9 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
     try:
         if not isinstance(args, dict) and list(args[:1]) == ["predict"]:
             predict(args[1:])
+            return None
+        if not isinstance(args, dict) and list(args[:1]) == ["average"]:
+            average(args[1:])
             return None
         cli = CLI(
             L.LightningModule,
@@ -173,15 +180,18 @@ def predict(args: Sequence[str]) -> None:
 
     Args:
         args: `--ckpt_path X --input FILE|- [--output FILE|-]`, and the options of the task in the
-            checkpoint.
+            checkpoint. Several checkpoints make an ensemble.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--ckpt_path")
+    peek.add_argument("--ckpt_path", nargs="+")
     peek.add_argument("--task", default="lightning_modules.Task")
     peeked = peek.parse_known_args(args)[0]
     if peeked.ckpt_path is None:
         _predict_parser(Task).parse_args(list(args))  # prints the help, or that it is required
-    task = _task_class(peeked.task).load_from_checkpoint(peeked.ckpt_path)
+    kind = _task_class(peeked.task)
+    task, *others = [kind.load_from_checkpoint(path) for path in peeked.ckpt_path]
+    if others:
+        task.join(others)
     options = vars(_predict_parser(type(task)).parse_args(list(args)))
     source, target, device = (options.pop(name) for name in ("input", "output", "device"))
     del options["ckpt_path"], options["task"]
@@ -201,6 +211,26 @@ def predict(args: Sequence[str]) -> None:
         _fail(error)
 
 
+def average(args: Sequence[str]) -> None:
+    """Writes a checkpoint whose weights are the means of several.
+
+    Args:
+        args: `--ckpt_path A B ... --output FILE`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedrnn.train average",
+        description="Averages the weights of checkpoints of a run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt_path", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the checkpoint to write")
+    options = parser.parse_args(list(args))
+    try:
+        average_checkpoints(options.ckpt_path, options.output)
+    except OSError as error:
+        _fail(error)
+
+
 def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="python -m fusedrnn.train predict",
@@ -214,7 +244,10 @@ def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
         ("task", None, "the class of the model, such as my_module.MyTask, if it is your own"),
     ):
         parser.add_argument(f"--{name}", type=str, default=default, help=text)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of a run")
+    checkpoints = "a checkpoint of a run, or several for an ensemble"
+    parser.add_argument(
+        "--ckpt_path", type=str, nargs="+", required=True, metavar="FILE", help=checkpoints
+    )
     if task is not Task:
         parser.add_method_arguments(task, "predict_lines", skip={"lines"})
     return parser
@@ -223,13 +256,14 @@ def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
 def _parser_kwargs() -> dict[str, Any]:
     """Returns what the help says, and a usage line in place of one with every option."""
     program = "python -m fusedrnn.train"
-    commands = ",".join([*CLI.subcommands(), "predict"])
+    commands = ",".join([*CLI.subcommands(), "predict", "average"])
     usages: dict[str, Any] = {
         name: {"usage": f"{program} {name} [--config NAME|FILE] [--OPTION VALUE ...]"}
         for name in CLI.subcommands()
     }
     description = (
-        "Trains and evaluates models; `predict` uses one on raw text. "
+        "Trains and evaluates models; `predict` uses one on raw text, `average` makes one of "
+        "several checkpoints of a run. "
         f"Packaged configurations: {', '.join(packaged_configs())}."
     )
     usage = f"{program} {{{commands}}} ..."

@@ -1,7 +1,7 @@
 """What every task shares: optimizer, checkpoint, and the road from raw text to results."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -123,6 +123,17 @@ class Task(L.LightningModule):
             **options: what a task offers, such as `batch_size`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no predict_lines")
+
+    def join(self, others: Sequence["Task"]) -> None:
+        """Makes this model an ensemble, whose `predict_lines` asks the others too.
+
+        Args:
+            others: models of the same class.
+
+        Raises:
+            CheckpointError: the task has no ensembles, or a model does not fit.
+        """
+        raise CheckpointError(f"a {type(self).__name__} works alone: give one checkpoint")
 
     def configure_optimizers(self) -> Any:
         """Builds the optimizer and, with it, the scheduler."""

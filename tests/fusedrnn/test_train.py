@@ -94,6 +94,12 @@ def test_fit_validate_test_predict(fitted, capsys):
     ]
 
 
+def test_a_task_without_ensembles_takes_one_checkpoint(fitted, capsys):
+    predict = ["predict", "--task", "tests.toy.ToyTask", "--ckpt_path", LAST, LAST]
+    said = fails(capsys, *predict, "--input", "toy.yaml")
+    assert said == "error: a ToyTask works alone: give one checkpoint\n"
+
+
 def test_predict_reads_and_writes_streams(fitted, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\nw3\n"))
     capsys.readouterr()
@@ -272,6 +278,9 @@ def test_a_checkpoint_of_another_size_is_refused(fitted, capsys):
         (["predict"], "ckpt_path"),
         (["predict", "--ckpt_path", "absent.ckpt"], "error: absent.ckpt: no such checkpoint"),
         (["predict", "--ckpt_path", "toy.yaml"], "error: toy.yaml: truncated, or not"),
+        (["average", "--ckpt_path", "absent.ckpt"], "--output"),
+        (["average", "--ckpt_path", "a", "--output", "b"], "error: a: no such checkpoint"),
+        (["average", "--ckpt_path", "a", "--output", "no/b"], "error: --output: no folder no"),
         (
             ["predict", "--ckpt_path", "x", "--task", "nothing.Here"],
             "error: --task: 'nothing.Here'",
@@ -343,7 +352,9 @@ def test_help_names_every_command_and_configuration(capsys):
         main(["--help"])
     said = capsys.readouterr().out
     assert caught.value.code == 0
-    assert said.startswith("usage: python -m fusedrnn.train {fit,validate,test,predict} ...\n")
+    assert said.startswith(
+        "usage: python -m fusedrnn.train {fit,validate,test,predict,average} ...\n"
+    )
     assert all(name in said for name in packaged_configs())
 
 
