@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_modules.base import CheckpointError, Task
     from lightning_modules.memory import Memory
-    from lightning_modules.seq2seq import Seq2Seq
+    from lightning_modules.seq2seq import Seq2Seq, SpeechToText
+    from lightning_modules.series import AnomalyDetector, Forecaster
     from lightning_modules.tagger import Tagger
 
-__all__ = ["CheckpointError", "Memory", "Seq2Seq", "Tagger", "Task"]
+__all__ = [
+    "AnomalyDetector",
+    "CheckpointError",
+    "Forecaster",
+    "Memory",
+    "Seq2Seq",
+    "SpeechToText",
+    "Tagger",
+    "Task",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Imports all tasks, and Lightning with them, when the first is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lightning_modules import base, memory, seq2seq, tagger
+    from lightning_modules import base, memory, seq2seq, series, tagger
 
-    for module in (base, memory, seq2seq, tagger):
+    for module in (base, memory, seq2seq, series, tagger):
         globals().update({n: vars(module)[n] for n in __all__ if n in vars(module)})
     return globals()[name]

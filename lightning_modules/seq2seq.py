@@ -15,14 +15,15 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Task
-from lightning_modules.data.batching import lengths, pad
+from lightning_modules.data.batching import pad
 from lightning_modules.data.pairs import PairBatch, PairCodec
+from lightning_modules.data.speech import SpeechCodec
 from lightning_modules.reporting import log_figure, log_table
 from lightning_modules.search import Hypotheses, beam_search, greedy_search
 from lightning_modules.seq2seq_model import DecoderState, Seq2SeqModel
 from lightning_modules.text_metrics import SacreBLEU, SymbolErrorRate, WordErrorRate
 
-__all__ = ["Seq2Seq"]
+__all__ = ["Seq2Seq", "SpeechToText"]
 
 SAMPLES_PER_BATCH, SAMPLES, ALIGNMENTS = 4, 20, 4
 """Rows kept of each evaluation batch, rows shown in the table, alignments drawn."""
@@ -49,10 +50,12 @@ class Seq2Seq(Task):
         sampling_probability: in training, the probability with which a symbol that the decoder is
             fed is its own guess (scheduled sampling).
         sampling_steps: optimizer steps over which that probability grows linearly from 0.
-        score: what to compute on decoded text: `per`, phoneme and word error rate, or `bleu`.
+        score: what to compute on decoded text: `per`, phoneme and word error rate, or `bleu`, with
+            and without regard to case.
         max_length_ratio: decoding stops after this many symbols per source symbol, ...
         max_length_extra: ... plus this many.
         backend: of the recurrent layers.
+        source_stride: frames of a recording that become one step of the encoder.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate scheduler from the optimizer.
 
@@ -81,6 +84,7 @@ class Seq2Seq(Task):
         max_length_ratio: float = 2.0,
         max_length_extra: int = 10,
         backend: str = "auto",
+        source_stride: int = 1,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class Seq2Seq(Task):
             "tied_embeddings": tied_embeddings,
             "dropout": dropout,
             "backend": backend,
+            "source_stride": source_stride,
         }
         training: dict[str, Any] = {
             "label_smoothing": label_smoothing,
@@ -115,14 +120,14 @@ class Seq2Seq(Task):
                 "max_length_ratio, max_length_extra: expected at least 0 and 1, "
                 f"got {max_length_ratio} and {max_length_extra}"
             )
-        self.model = Seq2SeqModel(len(codec.source), len(codec.target), **architecture)
+        self.model = Seq2SeqModel(**codec.sizes, **architecture)
         self.label_smoothing = label_smoothing
         self.sampling_probability, self.sampling_steps = sampling_probability, sampling_steps
         self.max_length_ratio, self.max_length_extra = max_length_ratio, max_length_extra
-        self.score = score
+        self.score, self.source_stride = score, source_stride
         self.monitor = f"val/{score}"
         self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", "test")})
-        self._samples: list[tuple[str, list[str], list[list[str]]]] = []
+        self._samples: list[tuple[str, list[str], list[list[str]], Any]] = []
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {
@@ -134,7 +139,10 @@ class Seq2Seq(Task):
         if self.score == "per":
             scores |= {"per": SymbolErrorRate(), "wer": WordErrorRate()}
         else:
-            scores["bleu"] = SacreBLEU(lowercase=self.codec.target_symbols.lowercase)
+            lowercase = self.codec.target_symbols.lowercase
+            scores["bleu"] = SacreBLEU(lowercase=lowercase)
+            if not lowercase:
+                scores["bleu_lowercase"] = SacreBLEU(lowercase=True)
         return nn.ModuleDict(scores)
 
     def _scores(self, stage: str) -> dict[str, Any]:
@@ -190,11 +198,13 @@ class Seq2Seq(Task):
         else:
             join = self.codec.target_symbols.join
             references = [[join(answer) for answer in answers] for answers in batch.references]
-            scores["bleu"].update([join(p) for p in predictions], references)
+            for name in scores.keys() & {"bleu", "bleu_lowercase"}:
+                scores[name].update([join(p) for p in predictions], references)
         for name, metric in scores.items():
             bar = stage == "val" and name in ("loss", self.score)
             self.log(f"{stage}/{name}", metric, prog_bar=bar, batch_size=len(predictions))
-        rows = zip(batch.texts, predictions, batch.references, strict=True)
+        sources = [row[:n].cpu() for row, n in zip(batch.source, batch.source_lengths, strict=True)]
+        rows = zip(batch.texts, predictions, batch.references, sources, strict=True)
         self._samples += islice(rows, SAMPLES_PER_BATCH)
 
     def on_validation_epoch_start(self) -> None:
@@ -226,19 +236,19 @@ class Seq2Seq(Task):
         join = self.codec.target_symbols.join
         rows = [
             [text, join(prediction), " | ".join(join(answer) for answer in answers)]
-            for text, prediction, answers in samples
+            for text, prediction, answers, _ in samples
         ]
         log_table(self, f"{stage}/samples", ["source", "prediction", "references"], rows)
         if self.score == "bleu":
-            metric = self._scores(stage)["bleu"]
-            row = [float(metric.compute()), metric.signature]
-            log_table(self, f"{stage}/bleu", ["bleu", "signature"], [row])
+            metrics = {n: m for n, m in self._scores(stage).items() if n.startswith("bleu")}
+            scored = [[n, float(m.compute()), m.signature] for n, m in metrics.items()]
+            log_table(self, f"{stage}/bleu", ["score", "bleu", "signature"], scored)
         if self.model.attention is None or not self.trainer.is_global_zero:
             return
-        drawn = [(text, join(symbols)) for text, symbols, _ in _spread(samples, ALIGNMENTS)]
-        for number, (text, output) in enumerate(drawn):
-            (weights,) = self.alignments([text], [output])
-            columns = self.codec.source_symbols.split(text)
+        for number, (text, symbols, _, source) in enumerate(_spread(samples, ALIGNMENTS)):
+            output = join(symbols)
+            (weights,) = self._alignments([source], [output])
+            columns = self.codec.source_labels(text, source)[:: self.source_stride]
             lines = [*self.codec.target_symbols.split(output), "<eos>"]
             figure = alignment_figure(weights, columns, lines)
             log_figure(self, f"{stage}/alignment_{number}", figure)
@@ -312,13 +322,12 @@ class Seq2Seq(Task):
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         encoded = [self.codec.encode_source(text) for text in texts]
         results: list[list[tuple[str, float]]] = [[("", 0.0)] for _ in texts]
-        order = sorted((i for i, row in enumerate(encoded) if row), key=lambda i: len(encoded[i]))
+        order = sorted((i for i, row in enumerate(encoded) if len(row)), key=lambda i: len(encoded[i]))
         join = self.codec.target_symbols.join
         with _Evaluation(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                source = pad([encoded[i] for i in rows]).to(self.device)
-                sizes = lengths([encoded[i] for i in rows]).to(self.device)
+                source, sizes = self._stack([encoded[i] for i in rows])
                 found = self.decode(source, sizes, beam_size, n_best, length_penalty)
                 sequences = found.sequences(self.codec.target.eos)
                 for i, hypotheses, scores in zip(rows, sequences, found.scores, strict=True):
@@ -335,7 +344,7 @@ class Seq2Seq(Task):
 
         Returns:
             For each pair, attention weights [T + 1, S]: a row for each of the T target symbols and
-            the end, a column for each of the S source symbols.
+            the end, a column for each of the S source symbols, or of every `source_stride` frames.
 
         Raises:
             ValueError: the model has no attention, or a source is empty.
@@ -343,19 +352,24 @@ class Seq2Seq(Task):
         if self.model.attention is None:
             raise ValueError("this model has no attention to show")
         sources = [self.codec.encode_source(text) for text in texts]
-        targets = [self.codec.encode_target(output) for output in outputs]
-        if not all(sources):
+        if not all(map(len, sources)):
             raise ValueError("texts: expected no empty text")
+        return self._alignments(sources, outputs)
+
+    def _alignments(self, sources: Sequence[Any], outputs: Sequence[str]) -> list[Tensor]:
+        """Returns the attention weights of encoded sources; see `alignments`."""
+        targets = [self.codec.encode_target(output) for output in outputs]
         with _Evaluation(self):
-            _, weights = self(
-                pad(sources).to(self.device),
-                lengths(sources).to(self.device),
-                pad(targets)[:, :-1].to(self.device),
-            )
+            _, weights = self(*self._stack(sources), pad(targets)[:, :-1].to(self.device))
         return [
-            w[: len(target) - 1, : len(source)].float().cpu()
+            w[: len(target) - 1, : -(-len(source) // self.source_stride)].float().cpu()
             for w, target, source in zip(weights, targets, sources, strict=True)
         ]
+
+    def _stack(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Returns encoded sources as a batch, and their lengths."""
+        source, sizes = self.codec.collate_sources(sources)
+        return source.to(self.device), sizes.to(self.device)
 
     def predict_lines(  # type: ignore[override]
         self,
@@ -387,6 +401,16 @@ class Seq2Seq(Task):
                     yield result
                 else:
                     yield "\t".join(f"{text}\t{score:.4f}" for text, score in result)
+
+
+class SpeechToText(Seq2Seq):
+    """Turns recordings, or other frames of features, into text.
+
+    It is `Seq2Seq` whose sources are files: a line of raw input is the path of one. Its arguments
+    are those of `Seq2Seq`.
+    """
+
+    codec_class = SpeechCodec
 
 
 class _Evaluation:

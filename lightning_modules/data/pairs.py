@@ -162,6 +162,19 @@ class PairCodec:
         """Returns the numbers of a source text; unknown symbols become `<unk>`."""
         return self.source.encode(self.source_symbols.split(text))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of a model for these texts; see `Seq2SeqModel`."""
+        return {"source_size": len(self.source), "target_size": len(self.target)}
+
+    def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:
+        """Returns what stands for each symbol of an encoded source in a picture."""
+        return self.source_symbols.split(text)
+
+    def collate_sources(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Stacks encoded sources: int64 [B, S], 0 past the ends, and their lengths [B]."""
+        return pad(sources), lengths(sources)
+
     def encode_target(self, text: str) -> list[int]:
         """Returns the numbers of a target text between `<bos>` and `<eos>`."""
         inner = self.target.encode(self.target_symbols.split(text))
@@ -407,6 +420,12 @@ class PairData(L.LightningDataModule):
             if split not in self._rows:
                 encode = self._training_rows if split == "train" else self._evaluation_rows
                 self._rows[split] = encode(self.pairs(split))
+
+    def describe(self) -> dict[str, Any]:
+        """Says in a few words what the data are, for a model card."""
+        columns = f"{self.columns[0]} to {self.columns[1]}"
+        named = {"dataset": self.dataset, "configuration": self.config, **self._places}
+        return {k: v for k, v in named.items() if v is not None} | {"columns": columns}
 
     def _training_rows(self, pairs: list[TextPair]) -> list[_Row]:
         codec = self.codec

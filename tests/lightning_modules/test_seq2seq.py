@@ -298,16 +298,18 @@ def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
     trainer = make_trainer(tmp_path, max_epochs=4)
     trainer.fit(model, data)
     (scores,) = trainer.test(model, data, verbose=False)
-    metric = sacrebleu.BLEU(lowercase=lowercase)
-    expected = metric.corpus_score(model.translate(sources), [sources]).score
-    assert 1 < expected < 100
-    assert scores["test/bleu"] == pytest.approx(expected, rel=1e-6)
-    (table,) = (tmp_path / "media" / "test").glob("bleu_*.csv")
-    with open(table) as file:
-        (row,) = csv.DictReader(file)
-    assert float(row["bleu"]) == pytest.approx(expected)
-    assert row["signature"] == str(metric.get_signature())
-    assert ("case:lc" in row["signature"]) == lowercase
+    with open(*(tmp_path / "media" / "test").glob("bleu_*.csv")) as file:
+        rows = {row["score"]: row for row in csv.DictReader(file)}
+    protocols = {"bleu": lowercase} | ({} if lowercase else {"bleu_lowercase": True})
+    assert rows.keys() == protocols.keys()
+    for name, ignored in protocols.items():
+        metric = sacrebleu.BLEU(lowercase=ignored)
+        expected = metric.corpus_score(model.translate(sources), [sources]).score
+        assert 1 < expected < 100
+        assert scores[f"test/{name}"] == pytest.approx(expected, rel=1e-6)
+        assert float(rows[name]["bleu"]) == pytest.approx(expected)
+        assert rows[name]["signature"] == str(metric.get_signature())
+        assert ("case:lc" in rows[name]["signature"]) == ignored
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Speech to text as a whole, on tones that stand for words."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fusedrnn.train import main
+from lightning_modules import SpeechToText, Task
+from lightning_modules.data.speech import SpeechData
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Words of one to three levels, each held for some frames; their names spell the levels."""
+    folder = tmp_path_factory.mktemp("features")
+    draw = np.random.default_rng(0)
+    for voice in ("anna", "ben", "cleo", "dora"):
+        for number in range(60):
+            word = draw.integers(0, 4, draw.integers(1, 4))
+            frames = np.repeat(np.eye(4)[word], draw.integers(3, 6, len(word)), axis=0)
+            noise = 0.1 * draw.standard_normal(frames.shape)
+            text = "".join("abcd"[level] for level in word)
+            np.save(folder / f"{text}_{voice}_{number}.npy", frames + noise)
+    return folder
+
+
+OPTIONS = [
+    "--data.pattern=(?P<text>[a-d]+)_(?P<group>[a-z]+)_",
+    "--data.val=[ben]",
+    "--data.test=[cleo]",
+    "--data.target_symbols=characters",
+    "--data.center=false",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        cli = main(
+            [
+                *("fit", "--config", "speech", f"--data.path={folder}", *OPTIONS),
+                *("--trainer.max_epochs=12", "--trainer.accelerator=cpu"),
+                *("--data.batch_size=16", "--model.dropout=0.0", "--model.optimizer.lr=0.01"),
+                *("--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=4"),
+            ]
+        )
+    return cli, place
+
+
+def test_it_learns_to_read_voices_it_never_heard(trained):
+    cli, place = trained
+    assert isinstance(cli.model, SpeechToText) and isinstance(cli.datamodule, SpeechData)
+    assert float(cli.trainer.callback_metrics["val/per"]) < 0.1
+    media = place / "runs/speech/latest/media/val"
+    assert list(media.glob("alignment_0_*.png")) and list(media.glob("samples_*.csv"))
+
+
+def test_files_are_read_from_a_checkpoint_alone(trained, folder):
+    _, place = trained
+    best = place / "runs/speech/latest/checkpoints/best.ckpt"
+    model = Task.load_from_checkpoint(best)
+    files = sorted(str(file) for file in folder.glob("*_cleo_*.npy"))[:20]
+    spelt = [file.rsplit("/", 1)[1].split("_")[0] for file in files]
+    results = list(model.predict_lines([files[0], "", *files[1:]], batch_size=6))
+    assert results[1] == ""
+    right = sum(a == b for a, b in zip([results[0], *results[2:]], spelt, strict=True))
+    assert right >= 15
+    (weights,) = model.alignments(files[:1], [spelt[0]])
+    steps = math.ceil(len(np.load(files[0])) / 3)
+    assert weights.shape == (len(spelt[0]) + 1, steps)
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+
+
+def test_a_missing_file_is_one_line(trained, tmp_path, capsys):
+    _, place = trained
+    (tmp_path / "list.txt").write_text("absent.wav\n")
+    best = place / "runs/speech/latest/checkpoints/best.ckpt"
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "--ckpt_path", str(best), "--input", str(tmp_path / "list.txt")])
+    assert capsys.readouterr().err.endswith("error: absent.wav: no such file\n")
