@@ -1,0 +1,156 @@
+"""The tagger against flair's SequenceTagger on a CPU: the same sentences, batches and sizes.
+
+Both are a BiLSTM over trained word vectors and a character BiLSTM, with a CRF, trained by Adam in a
+bare loop (no trainer's overhead on either side). flair is installed apart: `pip install flair`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .registry import Case, Row, benchmark, interleave
+
+if TYPE_CHECKING:  # the other benchmarks run without Lightning
+    from lightning_modules.data.readers import Sentence
+
+DATA = "TAGGERS_CONLLU"
+"""Environment variable: a CoNLL-U file to take in place of the built-in treebank."""
+
+SENTENCES, BATCH, ROUNDS = 500, 32, 5
+WORD, CHARACTER, CHARACTER_HIDDEN, HIDDEN = 100, 25, 25, 150
+
+Candidates = Mapping[str, Callable[[], object]]
+
+
+def _findings(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    for row in rows:
+        if row["name"] != row["baseline"]:
+            yield (
+                f"{row['task']}: {row['name']} takes {row['ratio']} times as long as "
+                f"{row['baseline']} (quartiles {row['ratio_q1']} and {row['ratio_q3']})"
+            )
+    if all(row["name"] == row["baseline"] for row in rows):
+        yield "flair is not installed, so nothing was compared"
+
+
+@benchmark(_findings)
+def taggers() -> Iterator[Case]:
+    """Time an epoch of training and the prediction of the same sentences."""
+    from lightning_modules.data import BucketBatchSampler
+    from lightning_modules.data.readers import read_conllu
+    from lightning_modules.data.tagging import read_builtin
+
+    place = os.environ.get(DATA)
+    sentences = (read_conllu(place) if place else read_builtin()["train"])[:SENTENCES]
+    lengths = [len(sentence.tokens) for sentence in sentences]
+    batches = list(BucketBatchSampler(lengths, BATCH, shuffle=True))
+    train, predict = _ours(sentences, batches)
+    training, prediction = {"fusedrnn": train}, {"fusedrnn": predict}
+    if importlib.util.find_spec("flair"):
+        training["flair"], prediction["flair"] = _flair(sentences, batches)
+    data = os.path.basename(place) if place else "turkish-treebanks"
+    key: Row = {"data": data, "sentences": len(sentences), "words": sum(lengths), "batch": BATCH}
+    for task, candidates in (("training", training), ("prediction", prediction)):
+        yield {"task": task} | key, partial(_measure, candidates, len(sentences))
+
+
+def _measure(candidates: Candidates, sentences: int) -> Iterator[Row]:
+    for row in interleave(candidates, ROUNDS):
+        rate = 1e3 * sentences / float(str(row["milliseconds"]))
+        yield row | {"sentences_per_second": round(rate, 1)}
+
+
+def _ours(
+    sentences: Sequence[Sentence], batches: Sequence[list[int]]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What trains an epoch and what predicts, with batches made anew each time."""
+    from lightning_modules.data import TaggingCodec
+    from lightning_modules.tagger import Tagger
+
+    torch.manual_seed(0)
+    codec = TaggingCodec.from_sentences(sentences)
+    tagger = Tagger(
+        codec,
+        word_size=WORD,
+        character_size=CHARACTER,
+        character_hidden_size=CHARACTER_HIDDEN,
+        hidden_sizes=[HIDDEN],
+    )
+    optimizer = torch.optim.Adam(tagger.parameters())
+    rows = [codec.encode(sentence, training=True) for sentence in sentences]
+    tokens = [sentence.tokens for sentence in sentences]
+
+    def train() -> None:
+        tagger.train()
+        for indices in batches:
+            batch = codec.batch([rows[i] for i in indices])
+            total, count = tagger.model.loss(tagger(batch), batch.tags, batch.lengths)
+            _step(total / count, tagger, optimizer)
+
+    return train, partial(tagger.tag, tokens, batch_size=BATCH)
+
+
+def _flair(
+    sentences: Sequence[Sentence], batches: Sequence[list[int]]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same with flair, whose sentences are made beforehand."""
+    import flair
+    from flair.data import Dictionary
+    from flair.embeddings import CharacterEmbeddings, OneHotEmbeddings, StackedEmbeddings
+    from flair.models import SequenceTagger
+
+    logging.getLogger("flair").setLevel(logging.WARNING)  # it prints whole vocabularies
+    flair.device = torch.device("cpu")
+    torch.manual_seed(0)
+    theirs = [flair.data.Sentence(sentence.tokens) for sentence in sentences]
+    labels, words, letters = Dictionary(add_unk=False), Dictionary(), Dictionary()
+    for sentence, gold in zip(theirs, sentences, strict=True):
+        for token, tag in zip(sentence, gold.tags, strict=True):
+            token.add_label("upos", tag)
+            labels.add_item(tag)
+            words.add_item(token.text)
+            for letter in token.text:
+                letters.add_item(letter)
+    characters: Any = CharacterEmbeddings(letters, CHARACTER, CHARACTER_HIDDEN)
+    vectors: Any = OneHotEmbeddings(words, embedding_length=WORD)
+    tagger = SequenceTagger(
+        StackedEmbeddings([vectors, characters]),
+        tag_dictionary=labels,
+        tag_type="upos",
+        hidden_size=HIDDEN,
+        reproject_embeddings=False,
+        use_crf=True,
+    )
+    optimizer = torch.optim.Adam(tagger.parameters())
+
+    def train() -> None:
+        tagger.train()
+        for indices in batches:
+            batch = [theirs[i] for i in indices]
+            loss, count = tagger.forward_loss(batch)
+            _step(loss / count, tagger, optimizer)
+            for sentence in batch:
+                sentence.clear_embeddings()
+
+    predict = partial(
+        tagger.predict,
+        theirs,
+        mini_batch_size=BATCH,
+        label_name="found",
+        embedding_storage_mode="none",
+    )
+    return train, predict
+
+
+def _step(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
