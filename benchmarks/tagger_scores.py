@@ -85,6 +85,7 @@ def _train(corpus: Corpus, files: Mapping[str, Path], head: str, seed: int) -> I
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         cli = main(["fit", "--config", corpus.config, *QUIET, *corpus.options, *given, *named])
+        assert cli is not None  # as it is after predict alone
         seconds = time.perf_counter() - start
         scores: Row = {"epochs": cli.trainer.current_epoch, "seconds": round(seconds)}
         for part, evaluate in (("val", cli.trainer.validate), ("test", cli.trainer.test)):

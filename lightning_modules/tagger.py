@@ -284,7 +284,9 @@ class Tagger(Task):
         order = sorted(
             (i for i, row in enumerate(rows) if row.words), key=lambda i: len(rows[i].words)
         )
-        results = [([[] for _ in self.codec.tasks], cast(list[float], [])) for _ in rows]
+        results: list[tuple[list[list[str]], list[float]]] = [
+            ([[] for _ in self.codec.tasks], []) for _ in rows
+        ]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self.transfer_batch_to_device(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -27,7 +27,7 @@ from lightning_modules.data.batching import (
 from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
 from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
-from lightning_modules.data.vectors import Vectors, read_vectors
+from lightning_modules.data.vectors import Vectors, load_vectors
 from lightning_modules.data.vocabulary import Vocabulary
 
 IGNORED = -100
@@ -388,7 +388,8 @@ class TaggingData(L.LightningDataModule):
             BIOES. None: tags are single labels, as parts of speech are. It is the first task's;
             the tags of further ones are single labels.
         encoding: the scheme to learn, BIO or BIOES; None: `scheme`. Results are in `scheme` again.
-        vectors: pretrained word vectors, a text file in the format of GloVe or fastText.
+        vectors: pretrained word vectors, a text file in the format of GloVe or fastText, or a
+            `.bin` model of fastText. They are kept in a cache (see `load_vectors`).
         max_vectors: how many of them to read; None: all.
         lowercase: whether words are looked up in lower case (characters keep theirs).
         digits: whether words are looked up with all digits as 0.
@@ -475,7 +476,7 @@ class TaggingData(L.LightningDataModule):
         """The codec, built from the training split when first asked for."""
         vectors = None
         if self.vectors is not None:
-            vectors = read_vectors(self.vectors, self.max_vectors)
+            vectors = load_vectors(self.vectors, self.max_vectors)
         codec = TaggingCodec.from_sentences(
             self.sentences("train"),
             self.scheme,
@@ -483,15 +484,16 @@ class TaggingData(L.LightningDataModule):
             others=[str(name) for name in self.tag_columns[1:]],
             **self._codec_options,
         )
-        if self._places["val"] is not None:
+        if self._has("val"):
             self.sentences("val")  # so that its faults show before anything is started
         if codec.vectors is not None:
-            has = ~codec.vectors[2 : codec.known_words].isnan().any(1)
-            rank_zero_info(
-                f"{self.vectors}: vectors for {int(has.sum())} of {len(has)} words of the training "
-                f"split, and for {len(codec.words) - codec.known_words} others"
-            )
+            given = (part for part in ("train", "val") if self._has(part))
+            for line in coverage(codec, {part: self.sentences(part) for part in given}):
+                rank_zero_info(f"{self.vectors}: {line}")
         return codec
+
+    def _has(self, split: str) -> bool:
+        return self.dataset == BUILTIN or self._places[split] is not None
 
     def sentences(self, split: str) -> list[Sentence]:
         """Return the sentences of a split as they were read.
@@ -529,8 +531,8 @@ class TaggingData(L.LightningDataModule):
             if self.token_column not in (None, "form"):
                 raise ValueError(f"token_column: CoNLL-U has form, got {self.token_column!r}")
             return read_conllu(place, _named(tag, "upos"), scheme)
-        columns = _index(self.token_column, 0, place), _index(tag, -1, place)
-        return read_columns(place, *columns, self.delimiter, scheme)
+        indices = _index(self.token_column, 0, place), _index(tag, -1, place)
+        return read_columns(place, *indices, self.delimiter, scheme)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the splits that a stage needs."""
@@ -678,6 +680,30 @@ def _together(columns: Sequence[list[Sentence]], place: str) -> list[Sentence]:
         )
     others = zip(*([s.tags for s in other] for other in columns[1:]), strict=True)
     return [s._replace(others=o) for s, o in zip(first, others, strict=True)]
+
+
+def coverage(codec: TaggingCodec, splits: Mapping[str, Sequence[Sentence]]) -> Iterator[str]:
+    """Say how much of each split has a pretrained vector, and what has none most often.
+
+    Args:
+        codec: one with vectors.
+        splits: sentences by the name of their split.
+    """
+    assert codec.vectors is not None
+    has = (~codec.vectors.isnan().any(1)).tolist()
+    has[codec.word("")] = False  # the unknown word
+    for split, sentences in splits.items():
+        counts = Counter(token for sentence in sentences for token in sentence.tokens)
+        without = Counter({t: n for t, n in counts.items() if not has[codec.word(t)]})
+        shares = []
+        for unit, missed, all_of in (
+            ("words", without.total(), counts.total()),
+            ("distinct words", len(without), len(counts)),
+        ):
+            shares.append(f"{missed} of {all_of} {unit} ({100 * missed / all_of:.1f} %)")
+        often = ", ".join(token for token, _ in without.most_common(10))
+        yield f"{split}: no vector for {' and '.join(shares)}{often and ', such as ' + often}"
+    yield f"{len(codec.words) - codec.known_words} words beyond the training split have vectors"
 
 
 def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
