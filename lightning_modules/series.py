@@ -47,11 +47,10 @@ class _SeriesTask(Task):
         arguments: dict[str, Any],
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
-        fed_back: int = 0,
+        **sizes: int,
     ) -> None:
         super().__init__(codec, {**architecture, **arguments}, optimizer, scheduler)
-        sizes = codec.sizes
-        sizes["target_inputs"] += fed_back
+        sizes = {**codec.sizes, **sizes}
         self.model = Seq2SeqModel(0, 0, **architecture, **self._model_options(), **sizes)
         self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", "test")})
         self._drawn: list[tuple[Tensor, ...]] = []
@@ -197,6 +196,8 @@ class Forecaster(_SeriesTask):
         start_from: the naive forecast that is corrected: the `mean` of the rows read, the `last`
             of them, the one of a `season` ago, or `zero`, the mean of the training part.
         center: whether the mean of the rows read is taken from them.
+        independent: whether each target column is predicted from its own past alone, all of them by
+            the same network, which so has more to learn from and less to get wrong.
         autoregressive: whether each prediction is fed to the next step, in training as in use.
         backend: of the recurrent layers.
         optimizer: makes the optimizer from the parameters.
@@ -222,6 +223,7 @@ class Forecaster(_SeriesTask):
         source_stride: int = 1,
         start_from: Literal["zero", "mean", "last", "season"] = "mean",
         center: bool = True,
+        independent: bool = False,
         autoregressive: bool = False,
         backend: str = "auto",
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -244,11 +246,18 @@ class Forecaster(_SeriesTask):
         arguments = {
             "start_from": start_from,
             "center": center,
+            "independent": independent,
             "autoregressive": autoregressive,
         }
-        fed_back = len(codec.targets) if autoregressive else 0
-        super().__init__(codec, architecture, arguments, optimizer, scheduler, fed_back)
-        self.start_from, self.center, self.autoregressive = start_from, center, autoregressive
+        sizes = codec.sizes
+        if independent:
+            sizes["source_features"] += 1 - len(codec.columns)
+            sizes["target_features"] = 1
+        if autoregressive:
+            sizes["target_inputs"] += sizes["target_features"]
+        super().__init__(codec, architecture, arguments, optimizer, scheduler, **sizes)
+        self.start_from, self.center = start_from, center
+        self.independent, self.autoregressive = independent, autoregressive
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {}
@@ -269,17 +278,22 @@ class Forecaster(_SeriesTask):
 
     def forward(self, batch: SeriesBatch) -> Tensor:
         """Predicts the rows that follow each window, float [B, horizon, targets], scaled."""
-        read = batch.source
+        read, steps = batch.source, self._steps(batch.target_calendar)
+        times, targets = batch.source_calendar, len(self.codec.targets)
         if self.center:
             read = read - read.mean(1, keepdim=True)
-        source = torch.cat([read, batch.source_calendar], -1)
+        if self.independent:  # every target of a window becomes a row of its own
+            read = read[..., self.codec.places].mT.flatten(0, 1)[..., None]
+            times, steps = (x.repeat_interleave(targets, 0) for x in (times, steps))
+        source = torch.cat([read, times], -1)
         lengths = torch.full((len(source),), source.shape[1], device=source.device)
-        steps = self._steps(batch.target_calendar)
         if self.autoregressive:
-            first = torch.zeros_like(batch.source[:, 0, self.codec.places])
+            first = source.new_zeros(len(source), 1 if self.independent else targets)
             difference, _ = self.model.regress(source, lengths, steps, first)
         else:
             difference, _ = self.model(source, lengths, steps)
+        if self.independent:
+            difference = difference[..., 0].unflatten(0, (-1, targets)).mT
         return self._naive(batch.source, self.start_from) + difference
 
     def _evaluate(self, batch: SeriesBatch, stage: str) -> None:
@@ -363,9 +377,9 @@ class AnomalyDetector(_SeriesTask):
     Anomaly Detection, 2016), without being fed any row. Trained on the usual course, it fails on
     what is unusual: the score of a row is its squared error, summed over the columns.
 
-    Evaluation reports the area under the ROC curve of that score (`auroc`) beside those of two simple
-    ones: how far a row is from the training part's mean (`auroc_value`) and from the row before it
-    (`auroc_change`).
+    Evaluation reports the area under the ROC curve of that score (`auroc`) beside those of two
+    simple ones: how far a row is from the training part's mean (`auroc_value`) and from the row
+    before it (`auroc_change`).
 
     Args:
         codec: of the data; see `SeriesCodec`.

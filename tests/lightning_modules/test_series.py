@@ -36,7 +36,14 @@ def table(tmp_path_factory):
 
 
 def make_data(path, **arguments):
-    options = {"context": 24, "horizon": 6, "season": 24, "rows": (400, 100, 100), "batch_size": 32, **arguments}
+    options = {
+        "context": 24,
+        "horizon": 6,
+        "season": 24,
+        "rows": (400, 100, 100),
+        "batch_size": 32,
+        **arguments,
+    }
     return SeriesData(str(path), **options)
 
 
@@ -115,10 +122,25 @@ def test_a_level_that_is_taken_away_changes_nothing():
     torch.testing.assert_close(high, low + 100, atol=1e-4, rtol=0)
 
 
+def test_independent_columns_know_nothing_of_each_other():
+    codec = SeriesCodec(["a", "b", "c"], [0] * 3, [1] * 3, ["c", "a"], 5, 3, 3)
+    model = Forecaster(codec, **SMALL, independent=True).eval()
+    source, times, ahead = torch.randn(2, 5, 3), torch.zeros(2, 5, 0), torch.zeros(2, 3, 0)
+    forecast = model(SeriesBatch(source, times, torch.zeros(2, 3, 2), ahead))
+    others = source + torch.tensor([1.0, 5.0, 0.0])
+    others[:, :, 0] *= 3
+    changed = model(SeriesBatch(others, times, torch.zeros(2, 3, 2), ahead))
+    torch.testing.assert_close(changed[..., 0], forecast[..., 0])
+    assert not torch.allclose(changed[..., 1], forecast[..., 1])
+    swapped = model(SeriesBatch(source[..., [2, 1, 0]], times, torch.zeros(2, 3, 2), ahead))
+    torch.testing.assert_close(swapped, forecast.flip(-1))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"autoregressive": True},
+        {"autoregressive": True, "independent": True},
         {"attention": "none", "cell": "gru", "encoder_sizes": [16], "bidirectional": False},
         {"attention": "additive", "input_feeding": True, "source_stride": 2, "dropout": 0.1},
         {"start_from": "zero", "center": False},
