@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,11 +168,12 @@ class _Torch:
 
 def _prepare(
     backend: str, emissions: Tensor, *scores: Tensor, paths: int = 1
-) -> tuple[type[_Torch] | ModuleType, list[Tensor]]:
-    """What computes, and the tensors in the dtypes that it takes."""
+) -> tuple[Any, list[Tensor]]:
+    """`_Torch` or `ops`, and the tensors in the dtypes that it takes."""
     check_backend(backend)
-    why_not = _why_not_triton(emissions, paths)
-    if backend == "torch" or (backend == "auto" and (why_not or not emissions.is_cuda)):
+    torch_alone = backend == "torch" or (backend == "auto" and not emissions.is_cuda)
+    why_not = None if torch_alone else _why_not_triton(emissions, paths)
+    if torch_alone or (backend == "auto" and why_not):
         dtype = torch.promote_types(emissions.dtype, torch.float32)
         return _Torch, [tensor.to(dtype) for tensor in (emissions, *scores)]
     if why_not:

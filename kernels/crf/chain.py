@@ -21,6 +21,9 @@ from ..api import without_autocast
 REACH = 340.0
 """What the logarithm of a state may span: the product of two states is then above 1e-308."""
 
+SHORT = 256
+"""Steps over which the scores of paths may add up in float32."""
+
 LONGEST_DETOUR = 4
 """Steps within which every tag must reach every other for the products to be used."""
 
@@ -40,11 +43,26 @@ class Chain(NamedTuple):
 
 
 def chain(
-    emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
+    emissions: Tensor,
+    start: Tensor,
+    transitions: Tensor,
+    end: Tensor,
+    lengths: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Chain:
-    """Build it from emissions [B, T, K] and what `api` says; in float64 on a CPU."""
+    """Build it from what `api` says.
+
+    Args:
+        emissions: [B, T, K].
+        start: [K].
+        transitions: [K, K].
+        end: [K].
+        lengths: [B].
+        dtype: what to compute in; None: float64 on a CPU, that of the emissions elsewhere.
+    """
     batch, steps, tags = emissions.shape
-    dtype = torch.float64 if emissions.device.type == "cpu" else emissions.dtype
+    if dtype is None:
+        dtype = torch.float64 if emissions.device.type == "cpu" else emissions.dtype
     ended = torch.arange(steps + 1, device=emissions.device)[:, None] >= lengths
     emitted = emissions.new_full((steps + 1, tags + 1, batch), -math.inf, dtype=dtype)
     emitted[:steps, :tags] = emissions.permute(1, 2, 0)
@@ -72,13 +90,13 @@ def gold_score(model: Chain, path: Tensor) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """The exponentials of a chain, each divided by the largest of its kind.
+    """The exponentials of a chain, divided by the largest.
 
     Attributes:
         emissions: [T + 1, K + 1, B], by the largest of each step.
         start: [K + 1].
-        transitions: [K + 1, K + 1]; 1 from STOP to STOP.
-        scale: [B], the logarithm of what all paths were divided by.
+        transitions: [K + 1, K + 1], by the largest of these and of `start`; 1 from STOP to STOP.
+        scale: [B], the logarithm of what each path was divided by.
         every: steps after which a state must be scaled again.
     """
 
@@ -96,166 +114,156 @@ def factors(model: Chain, lengths: Tensor) -> Factors | None:
     and of those in which the best tag reaches every other, costs at most the span of the scores.
     """
     emitted, tags = model.emissions, len(model.start) - 1
-    largest = emitted.amax(1, keepdim=True)
-    within = largest - emitted[:, :tags].amin(1, keepdim=True)
+    largest = emitted.amax(1)
+    spans = largest - emitted[:, :tags].amin(1)
+    widest = torch.where(emitted[:, tags] == 0, 0, spans).max().item()
     scores = torch.cat([model.transitions[:tags].flatten(), model.start[:tags]])
-    finite = scores.masked_fill(scores == -math.inf, math.inf)
-    spans = torch.stack(
-        [
-            torch.where(within == math.inf, 0, within).max() + scores.max() - finite.min(),
-            scores.max(),
-            model.start.max(),
-        ]
-    )
-    span, best_move, best_start = spans.tolist()
-    detour = _detour(model.transitions[:tags, :tags])
-    if not math.isfinite(span) or detour is None:
+    low, high = (bound.item() for bound in scores.aminmax())
+    detour: int | None = 1
+    if low == -math.inf:
+        low = scores.masked_fill(scores == -math.inf, math.inf).min().item()
+        detour = _detour(model.transitions[:tags, :tags])
+    span = widest + high - low
+    if detour is None or not math.isfinite(span):
         return None
     every = int(REACH / max(span, math.log(tags + 1))) - detour - 1
     if every < 1:
         return None
-    moves = (model.transitions - best_move).exp_()
+    moves = (model.transitions - high).exp_()
     moves[tags, tags] = 1
-    return Factors(
-        (emitted - largest).exp_(),
-        (model.start - best_start).exp_(),
-        moves,
-        largest.sum((0, 1)) + best_move * lengths.to(emitted.dtype) + best_start,
-        every,
-    )
+    scale = largest.sum(0).add_(lengths + 1, alpha=high)
+    shifted = emitted - largest[:, None]
+    return Factors(shifted.exp_(), (model.start - high).exp_(), moves, scale, every)
 
 
 def _detour(transitions: Tensor) -> int | None:
     """Steps within which every tag reaches every other, None if more than `LONGEST_DETOUR`."""
-    allowed = (transitions > -math.inf).double()
+    allowed = (transitions > -math.inf).to(transitions.dtype)
     reached = allowed
     for steps in range(1, LONGEST_DETOUR + 1):
         if bool(reached.all()):
             return steps
-        reached = ((reached @ allowed) > 0).double()
+        reached = ((reached @ allowed) > 0).to(allowed.dtype)
     return None
 
 
-class Recursion(NamedTuple):
-    """States after each step, themselves or their logarithms.
+class Sums(NamedTuple):
+    """Sums over partial paths, or their logarithms, each divided by a number of its row and step.
 
     Attributes:
-        messages: [T + 1, K + 1, B], the states without their own emission and not scaled.
-        states: [T + 1, K + 1, B].
-        scale: [B], the logarithm of what the last state was divided by.
+        log_z: [B].
+        forward: [T + 1, K + 1, B], over the paths that end in a tag.
+        incoming: over those that begin after a tag, the last step first; empty if not wanted.
+        backward: over those that begin with a tag, the last step first; empty if not wanted.
     """
 
-    messages: Tensor
-    states: Tensor
-    scale: Tensor
+    log_z: Tensor
+    forward: Tensor
+    incoming: Tensor
+    backward: Tensor
 
 
-def products(given: Factors, reverse: bool) -> Recursion:
-    """Run state_t = emission_t * (matrix @ state_{t-1}), or from the end to the start."""
-    emitted = given.emissions.unbind()
-    matrix = given.transitions if reverse else given.transitions.T.contiguous()
-    messages, states = (torch.empty_like(given.emissions) for _ in range(2))
-    messages_at, states_at = messages.unbind(), states.unbind()
-    order = range(len(emitted))[:: -1 if reverse else 1]
-    messages_at[order[0]].copy_(_boundary(given.start, reverse, 1.0)[:, None])
-    scale = torch.zeros_like(given.scale)
-    for count, t in enumerate(order):
-        if count:
-            torch.mm(matrix, states_at[order[count - 1]], out=messages_at[t])
-        state = torch.mul(messages_at[t], emitted[t], out=states_at[t])
-        if count % given.every == 0:
-            size = state.amax(0).clamp_(min=torch.finfo(state.dtype).tiny)
-            state.div_(size)
-            scale += size.log_()
-    return Recursion(messages, states, scale)
-
-
-def logarithms(model: Chain, reverse: bool) -> Recursion:
-    """Run state_t = emission_t + logsumexp(transitions + state_{t-1}), or from the end."""
-    emitted = model.emissions
-    matrix = (model.transitions if reverse else model.transitions.T)[..., None]
+def products(given: Factors, both: bool) -> Sums:
+    """Run state_t = emission_t * (matrix @ state_{t-1}), in `both` directions side by side."""
+    emitted, matrix = given.emissions[:, None], given.transitions.T[None]
+    message = given.start[None, :, None]
+    if both:
+        emitted = torch.stack([given.emissions, given.emissions.flip(0)], 1)
+        matrix = torch.stack([given.transitions.T, given.transitions])
+        stop = torch.zeros_like(given.start)
+        stop[-1] = 1
+        message = torch.stack([given.start, stop])[..., None]
     messages, states = torch.empty_like(emitted), torch.empty_like(emitted)
-    order = range(len(emitted))[:: -1 if reverse else 1]
-    message = _boundary(model.start, reverse, 0.0)[:, None]
-    scale = emitted.new_zeros(emitted.shape[-1])
-    for count, t in enumerate(order):
-        if count:
-            message = torch.logsumexp(matrix + states[order[count - 1]], 1)
-        messages[t] = message
-        state = message + emitted[t]
+    scale = given.scale
+    state = message
+    for t, (emission, message_at, state_at) in enumerate(
+        zip(emitted.unbind(), messages.unbind(), states.unbind(), strict=True)
+    ):
+        if t:
+            torch.bmm(matrix, state, out=message_at)
+        else:
+            message_at.copy_(message)
+        state = torch.mul(message_at, emission, out=state_at)
+        if t % given.every == 0:
+            size = state.amax(1, keepdim=True).clamp_(min=torch.finfo(state.dtype).tiny)
+            state.div_(size)
+            scale = scale + size[0, 0].log_()
+    return Sums(state[0, -1].log() + scale, states[:, 0], messages[:, -1], states[:, -1])
+
+
+def logarithms(model: Chain, both: bool) -> Sums:
+    """Run state_t = emission_t + logsumexp(transitions + state_{t-1}), in both directions."""
+    stop = torch.full_like(model.start, -math.inf)
+    stop[-1] = 0
+    _, forward, log_z = _logarithms(model.emissions, model.transitions.T, model.start)
+    incoming = backward = forward[:0]
+    if both:
+        incoming, backward, _ = _logarithms(model.emissions.flip(0), model.transitions, stop)
+    return Sums(log_z, forward, incoming, backward)
+
+
+def _logarithms(emissions: Tensor, matrix: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Messages, states, and the logarithm of the last state of STOP."""
+    messages, states = torch.empty_like(emissions), torch.empty_like(emissions)
+    messages[0] = first[:, None]
+    scale = emissions.new_zeros(emissions.shape[-1])
+    for t, emission in enumerate(emissions):
+        if t:
+            messages[t] = torch.logsumexp(matrix[..., None] + states[t - 1], 1)
+        state = messages[t] + emission
         size = state.amax(0).clamp_(min=torch.finfo(state.dtype).min)
         states[t] = state - size
         scale += size
-    return Recursion(messages, states, scale)
-
-
-def _boundary(start: Tensor, reverse: bool, certain: float) -> Tensor:
-    """The first message, [K + 1]: the start scores, or the certainty of STOP."""
-    if not reverse:
-        return start
-    message = torch.full_like(start, 0.0 if certain else -math.inf)
-    message[-1] = certain
-    return message
-
-
-def log_partition(model: Chain, given: Factors | None) -> tuple[Tensor, Tensor]:
-    """The logarithm of the sum over all paths [B], and the forward states."""
-    if given is not None:
-        forward = products(given, reverse=False)
-        return forward.states[-1, -1].log() + forward.scale + given.scale, forward.states
-    forward = logarithms(model, reverse=False)
-    return forward.states[-1, -1] + forward.scale, forward.states
+    return messages, states, states[-1, -1] + scale
 
 
 def expectations(
-    model: Chain, given: Factors | None, states: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    transitions: Tensor, linear: bool, found: Sums, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """How probable each tag is, and how often two follow each other.
 
     Args:
-        model: the chain.
-        given: its exponentials, if the forward states are products.
-        states: those forward states.
-        weights: of each row, [B]; None: no pairs.
+        transitions: [K + 1, K + 1], or their exponentials.
+        linear: whether these are exponentials, and the sums no logarithms.
+        found: the sums, in both directions.
+        weights: of each row, [B]; None: the pairs are not wanted.
 
     Returns:
         Probabilities [T + 1, K + 1, B], and the weighted sum over steps and rows of those of the
-        pairs, [K + 1, K + 1] (from, to).
+        pairs, [K + 1, K + 1] (from, to); empty without weights.
     """
-    if given is None:
-        backward = logarithms(model, reverse=True)
-        marginals = (states + backward.messages).softmax(1)
-        return marginals, _pairs(model, states, backward.states, weights)
-    backward = products(given, reverse=True)
-    marginals = states * backward.messages
+    before = found.forward.flip(0)
+    if not linear:
+        marginals = (before + found.incoming).softmax(1)
+        pairs = _pairs(transitions, before[1:], found.backward[:-1], weights)
+        return marginals.flip(0), pairs
+    marginals = before * found.incoming
     mass = marginals.sum(1, keepdim=True)
-    marginals /= mass
+    marginals = (marginals / mass).flip(0)
     if weights is None:
-        return marginals, None
-    left = states[:-1] * (weights / mass[:-1])
-    pairs = torch.bmm(left, backward.states[1:].mT).sum(0)
-    return marginals, pairs * given.transitions
+        return marginals, mass[:0]
+    left = before[1:].mul_(weights / mass[1:])
+    return marginals, torch.bmm(left, found.backward[:-1].mT).sum(0).mul_(transitions)
 
 
-def _pairs(
-    model: Chain, forward: Tensor, backward: Tensor, weights: Tensor | None
-) -> Tensor | None:
+def _pairs(transitions: Tensor, before: Tensor, after: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
-        return None
-    matrix, total = model.transitions[..., None], torch.zeros_like(model.transitions)
-    for before, after in zip(forward[:-1], backward[1:], strict=True):
-        scores = before[:, None] + matrix + after
+        return transitions[:0]
+    total = torch.zeros_like(transitions)
+    for left, right in zip(before, after, strict=True):
+        scores = left[:, None] + transitions[..., None] + right
         pairs = scores.flatten(0, 1).softmax(0)
         total += (pairs * weights).sum(-1).view_as(total)
     return total
 
 
-def _prepare(
-    emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
-) -> tuple[Chain, Factors | None]:
-    model = chain(emissions, start, transitions, end, lengths)
+def _sums(model: Chain, lengths: Tensor, both: bool) -> tuple[Tensor, bool, Sums]:
+    """The transitions, whether they are exponentials, and the sums."""
     # The span of the scores is needed on the host, which would stall an accelerator.
-    return model, factors(model, lengths) if emissions.device.type == "cpu" else None
+    given = factors(model, lengths) if lengths.device.type == "cpu" else None
+    if given is None:
+        return model.transitions, False, logarithms(model, both)
+    return given.transitions, True, products(given, both)
 
 
 class _Likelihood(torch.autograd.Function):
@@ -271,14 +279,13 @@ class _Likelihood(torch.autograd.Function):
         lengths: Tensor,
         tags: Tensor | None,
     ) -> Tensor:
-        model, given = _prepare(emissions, start, transitions, end, lengths)
-        value, states = log_partition(model, given)
+        model = chain(emissions, start, transitions, end, lengths)
+        ctx.dtype, wanted = emissions.dtype, any(ctx.needs_input_grad)
+        moves, ctx.linear, found = _sums(model, lengths, both=wanted)
         path = None if tags is None else stopped(tags, lengths, emissions.shape[-1])
-        if path is not None:
-            value = gold_score(model, path) - value
-        if any(ctx.needs_input_grad):
-            ctx.every, ctx.dtype = None if given is None else given.every, emissions.dtype
-            ctx.save_for_backward(path, states, *model, *(given or ())[:4])
+        if wanted:
+            ctx.save_for_backward(path, moves, *found)
+        value = found.log_z if path is None else gold_score(model, path) - found.log_z
         return value.to(emissions.dtype)
 
     @staticmethod
@@ -286,15 +293,12 @@ class _Likelihood(torch.autograd.Function):
         """Weight the expectations, less what the gold path holds, by the gradient of each row."""
         if torch.is_grad_enabled():
             raise RuntimeError("the CRF is differentiable once: create_graph=True needs more")
-        path, states, emitted, start, moves, *rest = ctx.saved_tensors
-        model = Chain(emitted, start, moves)
-        given = None if ctx.every is None else Factors(*rest, ctx.every)
-        weights = grad.to(states.dtype)
+        path, moves, *found = ctx.saved_tensors
+        weights = grad.to(moves.dtype)
         if path is not None:
             weights = -weights
-        with without_autocast(states):
-            marginals, pairs = expectations(model, given, states, weights)
-        assert pairs is not None
+        with without_autocast(moves):
+            marginals, pairs = expectations(moves, ctx.linear, Sums(*found), weights)
         marginals *= weights
         if path is not None:
             marginals.scatter_add_(1, path[:, None], -weights.expand_as(path)[:, None])
@@ -324,9 +328,9 @@ def marginals(
     emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
 ) -> Tensor:
     """The probability of each tag, [B, T, K]."""
-    model, given = _prepare(emissions, start, transitions, end, lengths)
-    _, states = log_partition(model, given)
-    probabilities, _ = expectations(model, given, states, None)
+    model = chain(emissions, start, transitions, end, lengths)
+    moves, linear, found = _sums(model, lengths, both=True)
+    probabilities, _ = expectations(moves, linear, found, None)
     return probabilities[:-1, :-1].permute(2, 0, 1).to(emissions.dtype).contiguous()
 
 
@@ -338,18 +342,16 @@ def decode(
     The recursion runs from the end to the start and keeps only the scores; the path is then read
     from the start to the end, at each step the best tag of one row of scores.
     """
-    model = chain(emissions, start, transitions, end, lengths)
+    dtype = emissions.dtype if emissions.shape[1] <= SHORT else torch.float64
+    model = chain(emissions, start, transitions, end, lengths, dtype)
     moves = model.transitions.T[..., None].contiguous()
-    messages = torch.full_like(model.emissions, -math.inf)
-    messages[-1, -1] = 0
-    messages_at, emitted = messages.unbind(), model.emissions.unbind()
-    for t in range(len(emitted) - 1, 0, -1):
-        rest = messages_at[t] + emitted[t]
-        torch.amax(moves + rest[:, None], 0, out=messages_at[t - 1])
-    rests = (messages + model.emissions).transpose(1, 2).contiguous()
-    score, tag = (model.start + rests[0]).max(-1)
+    rests = model.emissions.unbind()
+    for before, after in zip(rests[-2::-1], rests[:0:-1], strict=True):
+        before += (moves + after[:, None]).amax(0)
+    rests = model.emissions.transpose(1, 2).contiguous().unbind()
+    score, tag = (rests[0] + model.start).max(-1)
     path = [tag]
-    for rest in rests[1:-1].unbind():
+    for rest in rests[1:-1]:
         path.append(model.transitions.index_select(0, path[-1]).add_(rest).argmax(-1))
     return _without_stop(torch.stack(path, 1), score, model), score.to(emissions.dtype)
 
@@ -362,8 +364,8 @@ def n_best(
     Each tag keeps its n best continuations, and where they go.
     """
     if n == 1:
-        path, score = decode(emissions, start, transitions, end, lengths)
-        return path[:, None], score[:, None]
+        best, score = decode(emissions, start, transitions, end, lengths)
+        return best[:, None], score[:, None]
     model = chain(emissions, start, transitions, end, lengths)
     emitted = model.emissions.permute(0, 2, 1).contiguous()
     messages = emitted.new_full((*emitted.shape[1:], n), -math.inf)
