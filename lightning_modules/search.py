@@ -495,7 +495,7 @@ class SearchOptions:
         n_best: hypotheses to return, at most `beam_size`; when sampling, how many to draw.
         length_penalty: `alpha` of the length penalty.
         min_length: see `Constraints`.
-        max_length: most symbols, the end symbol not counted, where the row's limit allows more.
+        max_length: symbols after which a hypothesis is cut off, where the row's limit allows more.
         no_repeat_ngram_size: see `Constraints`.
         sampling: whether to draw symbols by chance.
         temperature: see `sample`.
@@ -556,7 +556,7 @@ class SearchOptions:
             `n_best` hypotheses for each row.
         """
         if self.max_length is not None:
-            limits = limits.clamp(max=self.max_length + 1)
+            limits = limits.clamp(max=self.max_length)
         constraints = Constraints(self.min_length, self.no_repeat_ngram_size)
         options: dict[str, Any] = {"alpha": self.length_penalty, "constraints": constraints}
         if self.sampling:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,19 +16,48 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules.base import Task
+from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.batching import pad
 from lightning_modules.data.pairs import PairBatch, PairCodec
 from lightning_modules.data.speech import SpeechCodec
 from lightning_modules.reporting import log_figure, log_table
-from lightning_modules.search import Hypotheses, beam_search, greedy_search
-from lightning_modules.seq2seq_model import DecoderState, Seq2SeqModel
+from lightning_modules.search import Hypotheses, SearchOptions, ensemble
+from lightning_modules.seq2seq_model import Seq2SeqModel
 from lightning_modules.text_metrics import SacreBLEU, SymbolErrorRate, WordErrorRate
 
 __all__ = ["Seq2Seq", "SpeechToText"]
 
 SAMPLES_PER_BATCH, SAMPLES, ALIGNMENTS = 4, 20, 4
 """Rows kept of each evaluation batch, rows shown in the table, alignments drawn."""
+
+GREEDY = SearchOptions()
+NO_ATTENTION = "this model has no attention to show"
+
+
+class Translation(NamedTuple):
+    """A result.
+
+    Attributes:
+        text: what was written.
+        score: its length-normalised log-probability.
+        symbols: of the text.
+        weights: what the decoder looked at, [T + 1, S], where asked for; see `Seq2Seq.alignments`.
+    """
+
+    text: str
+    score: float
+    symbols: list[str]
+    weights: Tensor | None = None
+
+
+class _Sample(NamedTuple):
+    """A row of an evaluation, to be shown."""
+
+    text: str
+    prediction: list[int]
+    score: float
+    references: list[list[str]]
+    source: Tensor
 
 
 class Seq2Seq(Task):
@@ -127,7 +158,9 @@ class Seq2Seq(Task):
         self.score, self.source_stride = score, source_stride
         self.monitor = f"val/{score}"
         self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", "test")})
-        self._samples: list[tuple[str, list[str], list[list[str]], Any]] = []
+        self.companions = nn.ModuleList()
+        self._samples: list[_Sample] = []
+        self._decoded: list[tuple[int, int, float]] = []
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {
@@ -191,7 +224,8 @@ class Seq2Seq(Task):
         scores["accuracy"].update(logits.argmax(-1), batch.target[:, 1:])
 
         decoded = self.decode(batch.source, batch.source_lengths)
-        predictions = [self._symbols(row[0]) for row in decoded.sequences(self.codec.target.eos)]
+        found = [row[0] for row in decoded.sequences(self.codec.target.eos)]
+        predictions = [self._symbols(numbers) for numbers in found]
         if self.score == "per":
             for name in ("per", "wer"):
                 scores[name].update(predictions, batch.references)
@@ -203,9 +237,14 @@ class Seq2Seq(Task):
         for name, metric in scores.items():
             bar = stage == "val" and name in ("loss", self.score)
             self.log(f"{stage}/{name}", metric, prog_bar=bar, batch_size=len(predictions))
+        means = (decoded.scores / decoded.lengths).flatten().tolist()
         sources = [row[:n].cpu() for row, n in zip(batch.source, batch.source_lengths, strict=True)]
-        rows = zip(batch.texts, predictions, batch.references, sources, strict=True)
-        self._samples += islice(rows, SAMPLES_PER_BATCH)
+        rows = zip(batch.texts, found, means, batch.references, sources, strict=True)
+        self._samples += islice((_Sample(*row) for row in rows), SAMPLES_PER_BATCH)
+        self._decoded += [
+            (len(prediction), len(answers[0]), mean)
+            for prediction, answers, mean in zip(found, batch.references, means, strict=True)
+        ]
 
     def on_validation_epoch_start(self) -> None:
         """Starts to count, whatever an interrupted evaluation left."""
@@ -216,7 +255,7 @@ class Seq2Seq(Task):
         self._start("test")
 
     def _start(self, stage: str) -> None:
-        self._samples = []
+        self._samples, self._decoded = [], []
         for metric in self._scores(stage).values():
             metric.reset()
 
@@ -229,85 +268,111 @@ class Seq2Seq(Task):
         self._report("test")
 
     def _report(self, stage: str) -> None:
-        """Logs sample outputs, alignments and the signature of BLEU."""
+        """Logs sample outputs, alignments, histograms and the signature of BLEU."""
         samples = _spread(self._samples, SAMPLES)
         if self.trainer.sanity_checking:
             return
         join = self.codec.target_symbols.join
+        columns = ["source", "prediction", "references", "mean_log_probability"]
         rows = [
-            [text, join(prediction), " | ".join(join(answer) for answer in answers)]
-            for text, prediction, answers, _ in samples
+            [
+                row.text,
+                join(self._symbols(row.prediction)),
+                " | ".join(map(join, row.references)),
+                round(row.score, 4),
+            ]
+            for row in samples
         ]
-        log_table(self, f"{stage}/samples", ["source", "prediction", "references"], rows)
+        log_table(self, f"{stage}/samples", columns, rows)
         if self.score == "bleu":
             metrics = {n: m for n, m in self._scores(stage).items() if n.startswith("bleu")}
             scored = [[n, float(m.compute()), m.signature] for n, m in metrics.items()]
             log_table(self, f"{stage}/bleu", ["score", "bleu", "signature"], scored)
-        if self.model.attention is None or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero or not samples:
             return
-        for number, (text, symbols, _, source) in enumerate(_spread(samples, ALIGNMENTS)):
-            output = join(symbols)
-            (weights,) = self._alignments([source], [output])
-            columns = self.codec.source_labels(text, source)[:: self.source_stride]
-            lines = [*self.codec.target_symbols.split(output), "<eos>"]
-            figure = alignment_figure(weights, columns, lines)
-            log_figure(self, f"{stage}/alignment_{number}", figure)
+        lengths, expected, means = zip(*self._decoded, strict=True)
+        named = {"decoded": lengths, "reference": expected}
+        log_figure(self, f"{stage}/lengths", histogram("symbols", named, whole=True))
+        scored = histogram("mean log-probability of a symbol", {"decoded": means})
+        log_figure(self, f"{stage}/mean_log_probabilities", scored)
+        if self.model.attention is None:
+            return
+        for number, row in enumerate(_spread(samples, ALIGNMENTS)):
+            (weights,) = self._alignments([row.source], [row.prediction])
+            labels = self.codec.source_labels(row.text, row.source)[:: self.source_stride]
+            lines = [*self._symbols(row.prediction), "<eos>"]
+            log_figure(
+                self, f"{stage}/alignment_{number}", alignment_figure(weights, labels, lines)
+            )
 
     def _symbols(self, numbers: Sequence[int]) -> list[str]:
         return self.codec.target.decode(numbers)
+
+    def join(self, others: Sequence[Task]) -> None:
+        """Decodes from now on with the mean of several models' probabilities.
+
+        Args:
+            others: models with the same codec.
+
+        Raises:
+            CheckpointError: one has another codec, or reads its source in other steps.
+        """
+        for number, other in enumerate(others, start=2):
+            same = isinstance(other, Seq2Seq) and other.source_stride == self.source_stride
+            if not same or other.codec.to_dict() != self.codec.to_dict():
+                raise CheckpointError(
+                    f"model {number} of the ensemble: expected the symbols of the first, "
+                    "got others (train them on the same data)"
+                )
+            self.companions += [other.model, *other.companions]  # type: ignore[union-attr]
+
+    @property
+    def models(self) -> list[Seq2SeqModel]:
+        """This model and those that it was joined with."""
+        return [self.model, *cast(list[Seq2SeqModel], list(self.companions))]
 
     @torch.no_grad()
     def decode(
         self,
         source: Tensor,
         source_lengths: Tensor,
-        beam_size: int = 1,
-        n_best: int = 1,
-        length_penalty: float = 0.0,
+        options: SearchOptions = GREEDY,
+        numbers: Sequence[int] | None = None,
     ) -> Hypotheses:
         """Searches for the most probable outputs. `<pad>`, `<bos>` and `<unk>` are never written.
 
         Args:
             source: int64 [B, S], 0 past the lengths.
             source_lengths: int64 [B], at least 1.
-            beam_size: hypotheses kept at each step; 1 for greedy search.
-            n_best: hypotheses to return, at most `beam_size`.
-            length_penalty: exponent of the length penalty; see `beam_search`.
+            options: which search to run, and how.
+            numbers: of the B rows, for sampling; by default their places in the batch.
 
         Returns:
             `n_best` hypotheses for each row.
         """
         target = self.codec.target
         banned = torch.tensor([target.pad, target.unk, target.bos], device=source.device)
+        states = [model.encode(source, source_lengths) for model in self.models]
+        advance, state = ensemble([model.step for model in self.models], states)
 
-        def step(symbols: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-            log_probs, state = self.model.step(symbols, state)
+        def step(symbols: Tensor, state: Any) -> tuple[Tensor, Any]:
+            log_probs, state = advance(symbols, state)
             return log_probs.index_fill(1, banned, -torch.inf), state
 
-        state = self.model.encode(source, source_lengths)
         limits = (self.max_length_ratio * source_lengths).long() + self.max_length_extra
-        arguments = (step, state, limits, target.bos, target.eos)
-        if beam_size == 1 and n_best == 1:
-            return greedy_search(*arguments, alpha=length_penalty)
-        return beam_search(*arguments, beam_size, n_best, length_penalty)
+        return options.run(step, state, limits, target.bos, target.eos, numbers)  # type: ignore[arg-type]
 
     def translate(
-        self,
-        texts: Sequence[str],
-        beam_size: int = 1,
-        n_best: int = 1,
-        length_penalty: float = 0.6,
-        batch_size: int = 64,
+        self, texts: Sequence[str], batch_size: int = 64, **options: Any
     ) -> list[str] | list[list[tuple[str, float]]]:
         """Turns raw source texts into target texts.
 
         Args:
             texts: raw texts, cut into symbols as the training data were. An empty one has an empty
                 result.
-            beam_size: hypotheses kept at each step; 1 for greedy search.
-            n_best: how many results to return for each text, at most `beam_size`.
-            length_penalty: exponent of the length penalty; see `beam_search`.
             batch_size: texts decoded together; it changes the speed only.
+            **options: attributes of `SearchOptions`, such as `beam_size`; the `length_penalty` is
+                0.6 here by default.
 
         Returns:
             One text for each text or, with `n_best` above 1, lists of texts with their scores
@@ -318,22 +383,81 @@ class Seq2Seq(Task):
         """
         if isinstance(texts, str):
             raise ValueError("texts: expected a list of texts, got a single string")
+        search = SearchOptions(**{"length_penalty": 0.6, **options})
+        results = self.hypotheses(texts, search, batch_size)
+        if search.n_best == 1:
+            return [row[0].text for row in results]
+        return [[(found.text, found.score) for found in row] for row in results]
+
+    def hypotheses(
+        self,
+        texts: Sequence[str],
+        options: SearchOptions,
+        batch_size: int = 64,
+        first: int = 0,
+        align: bool = False,
+    ) -> list[list[Translation]]:
+        """Turns raw source texts into target texts, and tells all about them.
+
+        Args:
+            texts: raw texts.
+            options: which search to run, and how.
+            batch_size: texts decoded together; it changes the speed only.
+            first: number of the first text, for sampling.
+            align: whether to tell what the decoder looked at.
+
+        Returns:
+            For each text its hypotheses, the best first; of an empty text an empty one.
+
+        Raises:
+            ValueError: an argument is out of range, or the model has no attention to tell of.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if align and self.model.attention is None:
+            raise ValueError(NO_ATTENTION)
         encoded = [self.codec.encode_source(text) for text in texts]
-        results: list[list[tuple[str, float]]] = [[("", 0.0)] for _ in texts]
-        order = sorted((i for i, row in enumerate(encoded) if len(row)), key=lambda i: len(encoded[i]))
-        join = self.codec.target_symbols.join
+        nothing = torch.zeros(1, 0) if align else None
+        results = [[Translation("", 0.0, [], nothing)] for _ in texts]
+        order = sorted(
+            (i for i, row in enumerate(encoded) if len(row)), key=lambda i: len(encoded[i])
+        )
         with _Evaluation(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 source, sizes = self._stack([encoded[i] for i in rows])
-                found = self.decode(source, sizes, beam_size, n_best, length_penalty)
-                sequences = found.sequences(self.codec.target.eos)
-                for i, hypotheses, scores in zip(rows, sequences, found.scores, strict=True):
-                    outputs = [join(self._symbols(h)) for h in hypotheses]
-                    results[i] = list(zip(outputs, scores.tolist(), strict=False))
-        return results if n_best > 1 else [row[0][0] for row in results]
+                found = self.decode(source, sizes, options, [first + i for i in rows])
+                for i, hypotheses in zip(rows, self._read(found), strict=True):
+                    results[i] = hypotheses
+                if align:
+                    self._align(results, rows, encoded, found)
+        return results
+
+    def _read(self, found: Hypotheses) -> list[list[Translation]]:
+        """Puts what was found into words."""
+        join = self.codec.target_symbols.join
+        words = [
+            [self._symbols(numbers) for numbers in row]
+            for row in found.sequences(self.codec.target.eos)
+        ]
+        return [
+            [Translation(join(w), score, w) for w, score in zip(row, scores, strict=False)]
+            for row, scores in zip(words, found.scores.tolist(), strict=True)
+        ]
+
+    def _align(
+        self,
+        results: list[list[Translation]],
+        rows: Sequence[int],
+        encoded: Sequence[Any],
+        found: Hypotheses,
+    ) -> None:
+        """Adds the attention weights to the results of a batch."""
+        places = [(i, n) for i in rows for n in range(len(results[i]))]
+        numbers = [h for row in found.sequences(self.codec.target.eos) for h in row]
+        weights = self._alignments([encoded[i] for i, _ in places], numbers)
+        for (i, n), weight in zip(places, weights, strict=True):
+            results[i][n] = results[i][n]._replace(weights=weight)
 
     def alignments(self, texts: Sequence[str], outputs: Sequence[str]) -> list[Tensor]:
         """Returns what the decoder looks at while it writes given outputs.
@@ -350,20 +474,23 @@ class Seq2Seq(Task):
             ValueError: the model has no attention, or a source is empty.
         """
         if self.model.attention is None:
-            raise ValueError("this model has no attention to show")
+            raise ValueError(NO_ATTENTION)
         sources = [self.codec.encode_source(text) for text in texts]
         if not all(map(len, sources)):
             raise ValueError("texts: expected no empty text")
-        return self._alignments(sources, outputs)
+        return self._alignments(sources, [self.codec.encode_target(o)[1:-1] for o in outputs])
 
-    def _alignments(self, sources: Sequence[Any], outputs: Sequence[str]) -> list[Tensor]:
-        """Returns the attention weights of encoded sources; see `alignments`."""
-        targets = [self.codec.encode_target(output) for output in outputs]
+    def _alignments(self, sources: Sequence[Any], outputs: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Returns the mean attention weights of all models; see `alignments`."""
+        begin = cast(int, self.codec.target.bos)
+        target = pad([[begin, *output] for output in outputs]).to(self.device)
         with _Evaluation(self):
-            _, weights = self(*self._stack(sources), pad(targets)[:, :-1].to(self.device))
+            batch = self._stack(sources)
+            found = [m(*batch, target)[1] for m in self.models if m.attention is not None]
+            weights = torch.stack(found).mean(0).float().cpu()
         return [
-            w[: len(target) - 1, : -(-len(source) // self.source_stride)].float().cpu()
-            for w, target, source in zip(weights, targets, sources, strict=True)
+            w[: len(output) + 1, : -(-len(source) // self.source_stride)]
+            for w, output, source in zip(weights, outputs, sources, strict=True)
         ]
 
     def _stack(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -378,6 +505,17 @@ class Seq2Seq(Task):
         n_best: int = 1,
         length_penalty: float = 0.6,
         batch_size: int = 64,
+        min_length: int = 0,
+        max_length: int | None = None,
+        no_repeat_ngram_size: int = 0,
+        sampling: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        format: Literal["text", "json"] = "text",
+        alignments: bool = False,
+        drawings: str | None = None,
     ) -> Iterator[str]:
         """Yields the translation of each line, in order.
 
@@ -388,19 +526,85 @@ class Seq2Seq(Task):
                 text alone.
             length_penalty: exponent of the length penalty; above 0 favours longer results.
             batch_size: lines read and decoded together; it changes the speed only.
+            min_length: fewest symbols of a result.
+            max_length: most symbols of a result.
+            no_repeat_ngram_size: n, for no n symbols in a row to come twice in a result; 0 for no
+                such rule.
+            sampling: draw the symbols by chance.
+            temperature: of sampling: below 1 sharper, above 1 flatter than the model.
+            top_k: of sampling: among the most probable symbols only; 0 for all.
+            top_p: of sampling: among the fewest symbols that have this probability together.
+            seed: of sampling; the same lines have the same results, whatever the batch size.
+            format: `text`, or `json`: an object a line, with the score, the symbols and, where
+                asked for, the alignment of every result.
+            alignments: tell what the decoder looked at: in `json` the weights, a row for each
+                symbol and the end; in `text`, after another tab, the source symbol that each symbol
+                looked at most, such as `0-0 2-1`, source first, from 0.
+            drawings: folder for a heat map of the best result's alignment, `LINE.png`.
 
         Raises:
             ValueError: an argument is out of range.
         """
+        options = SearchOptions(
+            beam_size,
+            n_best,
+            length_penalty,
+            min_length,
+            max_length,
+            no_repeat_ngram_size,
+            sampling,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+        )
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        waiting = iter(lines)
+        align = alignments or drawings is not None
+        write = _as_json if format == "json" else _as_text
+        waiting, first = iter(lines), 0
         while chunk := list(islice(waiting, batch_size)):
-            for result in self.translate(chunk, beam_size, n_best, length_penalty, batch_size):
-                if isinstance(result, str):
-                    yield result
-                else:
-                    yield "\t".join(f"{text}\t{score:.4f}" for text, score in result)
+            results = self.hypotheses(chunk, options, batch_size, first, align)
+            for number, (text, found) in enumerate(zip(chunk, results, strict=True), first + 1):
+                if drawings is not None and found[0].symbols:
+                    self._draw(text, found[0], Path(drawings) / f"{number}.png")
+                yield write(text, found, alignments)
+            first += len(chunk)
+
+    def _draw(self, text: str, found: Translation, file: Path) -> None:
+        """Stores the heat map of an alignment."""
+        assert found.weights is not None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        labels = self.codec.source_labels(text, self.codec.encode_source(text))
+        figure = alignment_figure(
+            found.weights, labels[:: self.source_stride], [*found.symbols, "<eos>"]
+        )
+        figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
+def _as_text(text: str, found: Sequence[Translation], alignments: bool) -> str:
+    """Writes results with tabs between."""
+    cells = []
+    for result in found:
+        cells.append(result.text)
+        if len(found) > 1:
+            cells.append(f"{result.score:.4f}")
+        if alignments and result.weights is not None:
+            best = result.weights[:-1].argmax(-1).tolist() if result.symbols else []
+            cells.append(" ".join(f"{s}-{t}" for t, s in enumerate(best)))
+    return "\t".join(cells)
+
+
+def _as_json(text: str, found: Sequence[Translation], alignments: bool) -> str:
+    """Writes results as one object."""
+    results: list[dict[str, Any]] = []
+    for result in found:
+        score = round(result.score, 6)
+        results.append({"text": result.text, "score": score, "symbols": result.symbols})
+        if alignments and result.weights is not None:
+            rows = result.weights.tolist()
+            results[-1]["alignment"] = [[round(w, 4) for w in row] for row in rows]
+    return json.dumps({"source": text, "hypotheses": results}, ensure_ascii=False)
 
 
 class SpeechToText(Seq2Seq):
@@ -454,4 +658,34 @@ def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[st
     axes.set_yticks(range(len(target)), target)
     axes.set_xlabel("source")
     axes.set_ylabel("output")
+    return figure
+
+
+def histogram(
+    quantity: str, values: dict[str, Sequence[float]], bins: int = 30, whole: bool = False
+) -> Figure:
+    """Draws how often values occur.
+
+    Args:
+        quantity: of the horizontal axis.
+        values: name -> values, at least one; all names share their bins.
+        bins: at most this many.
+        whole: whether the values are whole numbers, none of which is to fall between two bins.
+
+    Returns:
+        Histograms, one on another.
+    """
+    everything = [value for several in values.values() for value in several]
+    low, high = min(everything), max(everything)
+    edges = [low + (high - low or 1.0) * i / bins for i in range(bins + 1)]
+    if whole:
+        width = max(1, -(-int(high - low + 1) // bins))
+        edges = [low - 0.5 + width * i for i in range(int(high - low) // width + 2)]
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    for name, several in values.items():
+        axes.hist(several, edges, alpha=0.5, label=name)
+    axes.set_xlabel(quantity)
+    axes.set_ylabel("rows")
+    axes.legend()
     return figure

@@ -16,8 +16,10 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fusedrnn.train import main
 from lightning_modules.base import CheckpointError, Task
+from lightning_modules.data.batching import lengths, pad
 from lightning_modules.data.pairs import PairCodec, PairData, Symbols
-from lightning_modules.seq2seq import Seq2Seq, alignment_figure
+from lightning_modules.search import SearchOptions
+from lightning_modules.seq2seq import Seq2Seq, alignment_figure, histogram
 from lightning_modules.text_metrics import edit_distance
 
 SMALL = {"embedding_size": 12, "encoder_sizes": [16], "decoder_sizes": [32]}
@@ -131,8 +133,26 @@ def test_samples_and_alignments_are_reported(fitted):
     assert 15 <= len(rows) <= 20
     known = dict(data.pairs("val"))
     assert all(row["references"] == known[row["source"]] for row in rows)
-    drawn = list((folder / "media" / "val").glob(f"alignment_*_{trainer.global_step}.png"))
-    assert len(drawn) == 4
+    assert all(float(row["mean_log_probability"]) <= 0 for row in rows)
+    media, step = folder / "media" / "val", trainer.global_step
+    assert len(list(media.glob(f"alignment_*_{step}.png"))) == 4
+    for name in ("lengths", "mean_log_probabilities"):
+        assert (media / f"{name}_{step}.png").stat().st_size > 1000
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    values=st.lists(st.integers(0, 400), min_size=1), others=st.lists(st.integers(0, 9), min_size=1)
+)
+def test_histograms_count_every_value(values, others):
+    (axes,) = histogram("symbols", {"a": values, "b": others}, whole=True).axes
+    edges = sorted({bar.get_x() for bar in axes.patches})
+    assert len(edges) <= 30
+    counts = [round(bar.get_height()) for bar in axes.patches]
+    assert sum(counts[: len(edges)]) == len(values) and sum(counts[len(edges) :]) == len(others)
+    assert all(edge % 1 == 0.5 for edge in edges)
+    (axes,) = histogram("score", {"a": [v / 7 for v in values]}).axes
+    assert sum(round(bar.get_height()) for bar in axes.patches) == len(values)
 
 
 def test_alignment_figure_names_the_symbols():
@@ -177,6 +197,77 @@ def test_company_changes_no_translation(fitted, words, size, beam):
     assert list(model.predict_lines(words, beam_size=beam, batch_size=size)) == together
 
 
+VARIANTS = [
+    {"attention": attention, "cell": cell, **more}
+    for attention, cell, more in (
+        ("none", "gru", {}),
+        ("none", "lstm", {"encoder_sizes": [8, 8], "bidirectional": False}),
+        ("dot", "lstm", {"encoder_sizes": [16, 16]}),
+        ("dot", "gru", {"input_feeding": True}),
+        ("general", "lstm", {"input_feeding": True, "decoder_sizes": [8, 8]}),
+        ("general", "gru", {"tied_embeddings": True}),
+        ("additive", "lstm", {"input_feeding": True, "tied_embeddings": True}),
+        ("additive", "gru", {"bidirectional": False}),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "arguments", VARIANTS, ids=lambda a: "-".join(map(str, [*a.values()])).replace(" ", "")
+)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_padding_order_and_batch_size_change_no_output(fitted, arguments, data):
+    """Untrained models, whose outputs are long and far from certain."""
+    codec = fitted[1].codec
+    model = make_model(codec, seed=data.draw(st.integers(0, 50)), **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    words = data.draw(st.lists(WORDS.filter(bool), min_size=2, max_size=6))
+    order = data.draw(st.permutations(range(len(words))))
+    for options in (
+        {},
+        {"beam_size": 3, "n_best": 2, "no_repeat_ngram_size": 2},
+        {"sampling": True, "top_p": 0.8, "min_length": 2},
+    ):
+        search = SearchOptions(**options)
+        size = data.draw(st.integers(1, 6))
+        together = model.hypotheses(words, search, batch_size=size)
+        for i, word in enumerate(words):
+            alone = model.hypotheses([word], search, first=i)[0]
+            assert [h.text for h in alone] == [h.text for h in together[i]]
+            scores = [h.score for h in together[i]]
+            assert [h.score for h in alone] == pytest.approx(scores, rel=1e-3, abs=1e-3)
+    rows = [codec.encode_source(words[i]) for i in order]
+    padded = torch.nn.functional.pad(pad(rows), (0, data.draw(st.integers(1, 5))))
+    found = model.decode(padded, lengths(rows)).sequences(codec.target.eos)
+    singles = [model.decode(pad([row]), lengths([row])).sequences(codec.target.eos) for row in rows]
+    assert found == [single[0] for single in singles]
+
+
+def test_what_training_never_saw_is_translated(fitted):
+    """Sources ten times as long, white space, unknown characters, and letters of other scripts."""
+    model = fitted[0]
+    lines = ["abcdef" * 10, "   ", "\t", "zyx 👍é", "\u3042", "a\u0000b"]
+    for beam in (1, 3):
+        results = list(model.predict_lines(lines, beam_size=beam))
+        assert len(results) == len(lines) and results[1:3] == ["", ""]
+        limit = model.max_length_ratio * 60 + model.max_length_extra
+        assert 10 < len(results[0].split()) <= limit
+        assert not any("<" in result for result in results)
+
+
+def test_targets_beyond_the_longest_output_are_scored(files, tmp_path):
+    """They cannot be decoded in full; they still count in the loss and as errors."""
+    long = tmp_path / "long.tsv"
+    long.write_text("source\ttarget\na\t" + " ".join(["AA"] * 90) + "\nb\tBB\n")
+    data = make_data({**files, "test": str(long)})
+    (scores,) = make_trainer(tmp_path).test(make_model(data.codec), data, verbose=False)
+    assert scores["test/wer"] >= 0.5 and scores["test/per"] > 0.5
+    assert scores["test/loss"] > 0
+
+
 def test_n_best_come_with_their_scores(fitted):
     model, data, _, _ = fitted
     ((*results,),) = model.translate(["abz"], beam_size=4, n_best=3, length_penalty=0.7)
@@ -194,6 +285,91 @@ def test_n_best_come_with_their_scores(fitted):
     cells = line.split("\t")
     assert cells[::2] == [text for text, _ in results]
     assert [float(cell) for cell in cells[1::2]] == pytest.approx([s for _, s in results], abs=1e-4)
+
+
+def test_samples_depend_on_the_seed_and_the_line_alone(fitted):
+    model = fitted[0]
+    words = ["abcf", "", "zzz", "bzd", "zzz"] * 3
+    options = {"sampling": True, "temperature": 3.0, "top_k": 6}
+    together = list(model.predict_lines(words, **options, batch_size=15))
+    assert list(model.predict_lines(words, **options, batch_size=2)) == together
+    assert model.translate(words, **options, batch_size=4) == together
+    assert list(model.predict_lines(words, **options, seed=1)) != together
+    assert len(set(together[2::5] + together[4::5])) > 1, "the same word, other lines"
+    assert together[1::5] == [""] * 3
+    several = model.translate(words, **options, n_best=3)
+    assert [len(row) for row in several] == [1 if word == "" else 3 for word in words]
+
+
+def test_lengths_and_repetition_can_be_bounded(fitted):
+    model = fitted[0]
+    for options in ({}, {"beam_size": 3}, {"sampling": True, "temperature": 2.0}):
+        long = model.translate(["abc", "f"], **options, min_length=5, max_length=7)
+        assert all(5 <= len(text.split()) <= 7 for text in long)
+        short = model.translate(["abcdef"], **options, max_length=2)
+        assert len(short[0].split()) <= 2
+        once = model.translate(["aaaa", "abab"], **options, no_repeat_ngram_size=1)
+        assert all(len(set(text.split())) == len(text.split()) for text in once)
+
+
+def test_results_are_written_as_objects(fitted):
+    model = fitted[0]
+    options = {"beam_size": 3, "n_best": 2}
+    lines = list(model.predict_lines(["ab", "", "z"], **options, format="json", alignments=True))
+    plain = model.translate(["ab", "", "z"], **options)
+    for text, line, expected in zip(["ab", "", "z"], lines, plain, strict=True):
+        found = json.loads(line)
+        assert found["source"] == text
+        assert [h["text"] for h in found["hypotheses"]] == [t for t, _ in expected]
+        for hypothesis, (output, score) in zip(found["hypotheses"], expected, strict=True):
+            assert hypothesis["score"] == pytest.approx(score, abs=1e-5)
+            assert hypothesis["symbols"] == output.split()
+            if text:
+                (weights,) = model.alignments([text], [output])
+                shown = torch.tensor(hypothesis["alignment"])
+                torch.testing.assert_close(shown, weights, atol=1e-4, rtol=0)
+
+
+def test_alignments_are_written_and_drawn(fitted, tmp_path):
+    model = fitted[0]
+    lines = model.predict_lines(
+        ["abc", "", "fd"], alignments=True, drawings=str(tmp_path / "maps"), batch_size=2
+    )
+    assert list(lines) == ["AA BB CC\t0-0 1-1 2-2", "\t", "FF DD\t0-0 1-1"]
+    assert sorted(file.name for file in (tmp_path / "maps").iterdir()) == ["1.png", "3.png"]
+    blind = make_model(model.codec, attention="none")
+    with pytest.raises(ValueError, match="this model has no attention to show"):
+        next(blind.predict_lines(["a"], alignments=True))
+
+
+@pytest.mark.parametrize("beam", [1, 3], ids=["greedy", "beam"])
+def test_an_ensemble_decodes_with_the_mean_probability(fitted, beam):
+    data = fitted[1]
+    three = [make_model(data.codec, seed=seed, encoder_sizes=[8 + seed]) for seed in range(3)]
+    first, *others = three
+    alone = [m.translate(["abcz"])[0] for m in three]
+    assert len(set(alone)) == 3
+    first.join(others)
+    options = {"beam_size": beam, "n_best": beam, "length_penalty": 0.0}
+    found = first.hypotheses(["abcz", "f"], SearchOptions(**options), align=True)
+    for text, row in zip(["abcz", "f"], found, strict=True):
+        source = torch.tensor([data.codec.encode_source(text)])
+        for hypothesis in row:
+            numbers = data.codec.target.encode(hypothesis.symbols)
+            ends = len(numbers) < 2 * len(text) + 10
+            inputs = torch.tensor([[data.codec.target.bos, *numbers]])
+            outputs = [*numbers, data.codec.target.eos] if ends else numbers
+            with torch.no_grad():
+                batch = (source, torch.tensor([len(text)]), inputs)
+                results = [m.model(*batch) for m in three]
+            mean = torch.stack([logits[0].softmax(-1) for logits, _ in results]).mean(0)
+            chosen = mean.log()[range(len(outputs)), outputs]
+            assert hypothesis.score == pytest.approx(float(chosen.sum()), rel=1e-4)
+            weights = torch.stack([weights[0] for _, weights in results]).mean(0)
+            torch.testing.assert_close(hypothesis.weights, weights)
+    strangers = PairCodec.from_pairs([("a", "b")], *data.symbols)
+    with pytest.raises(CheckpointError, match="model 2 of the ensemble: expected the symbols"):
+        make_model(data.codec).join([make_model(strangers)])
 
 
 def test_translate_leaves_the_mode_as_it_was(fitted):
@@ -338,8 +514,23 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda m: m.translate(["a"], batch_size=0), "batch_size: expected at least 1, got 0"),
         (lambda m: m.translate(["a"], length_penalty=-1.0), "alpha must be at least 0"),
         (lambda m: [*m.predict_lines(["a"], batch_size=0)], "batch_size: expected at least 1"),
+        (lambda m: m.translate(["a"], max_length=0), "max_length: expected at least 1, got 0"),
+        (lambda m: m.translate(["a"], sampling=True, beam_size=2), "expected 1 when sampling"),
+        (lambda m: m.translate(["a"], top_k=2), "top_p: expected only with sampling"),
+        (lambda m: m.translate(["a"], sampling=True, n_best=0), "got n_best=0, beam_size=1"),
     ],
-    ids=["string", "n-best", "beam", "batch", "penalty", "batch of lines"],
+    ids=[
+        "string",
+        "n-best",
+        "beam",
+        "batch",
+        "penalty",
+        "batch of lines",
+        "length",
+        "beam of samples",
+        "k without sampling",
+        "no samples",
+    ],
 )
 def test_wrong_requests_are_named(fitted, call, message):
     with pytest.raises(ValueError, match=message):
@@ -389,6 +580,16 @@ def test_command_line_from_training_to_use(here, files, capsys):
     lines = Path("out.txt").read_text().split("\n")
     expected = Seq2Seq.load_from_checkpoint(best).translate(["abc", "", "zz"])
     assert lines == [*expected, ""] and lines[1] == ""
+    last = "runs/g2p/latest/checkpoints/last.ckpt"
+    several = ["--ckpt_path", best, last, "--input", "words.txt", "--output", "several.txt"]
+    main(["predict", *several, "--beam_size=2", "--n_best=2", "--format=json"])
+    ensemble = Seq2Seq.load_from_checkpoint(best)
+    ensemble.join([Seq2Seq.load_from_checkpoint(last)])
+    expected = ensemble.translate(["abc", "", "zz"], beam_size=2, n_best=2)
+    for line, row in zip(Path("several.txt").read_text().splitlines(), expected, strict=True):
+        assert [h["text"] for h in json.loads(line)["hypotheses"]] == [text for text, _ in row]
+    main(["average", "--ckpt_path", best, last, "--output", "mean.ckpt"])
+    main(["test", *common, "--ckpt_path", "mean.ckpt"])
     with pytest.raises(SystemExit, match="2"):
         main(["predict", "--ckpt_path", best, "--input", "words.txt", "--n_best", "3"])
     assert "error: expected 1 <= n_best <= beam_size, got n_best=3" in capsys.readouterr().err
