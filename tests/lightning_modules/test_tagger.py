@@ -301,6 +301,29 @@ def test_checkpoints_of_before_character_filters_load(
     assert loaded.tag(["we saw Mr Abba"]) == trained[0].tag(["we saw Mr Abba"])
 
 
+def test_training_never_decodes(data: TaggingData, monkeypatch) -> None:
+    """AllenNLP's tagger runs Viterbi at every training step; its result is thrown away."""
+    tagger = Tagger(data.codec, **SMALL).train()
+    tagger.log = lambda *_, **__: None  # type: ignore[method-assign]
+
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded in training")
+
+    monkeypatch.setattr(tagger.model.crf, "decode", decode)
+    rows = [data.codec.encode(s, training=True) for s in data.sentences("train")[:4]]
+    assert tagger.training_step(data.codec.batch(rows), 0).requires_grad
+
+
+def test_failing_to_save_is_an_error(data: TaggingData, tmp_path: Path) -> None:
+    """Stanza goes on with a message when a model cannot be saved."""
+    tagger = Tagger(data.codec, **SMALL)
+    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    run.fit(tagger, data)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        run.save_checkpoint(tmp_path / "file" / "last.ckpt")
+
+
 def test_refuses_the_checkpoint_of_another_vocabulary(
     trained: tuple[Tagger, Path], data: TaggingData
 ) -> None:

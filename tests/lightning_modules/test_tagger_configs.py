@@ -85,6 +85,24 @@ def test_config(
     assert second == ""
 
 
+def test_tasks_of_a_treebank_together(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = conllu(tmp_path)
+    tasks = ["--data.tag_column=[upos, xpos, feats]", "--model.head=[crf, softmax, softmax]"]
+    main(["fit", "--config", "ewt", *QUICK, *places, *tasks])
+    run = Path("runs/ewt/version_0")
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/accuracy", "val/xpos/accuracy", "val/feats/accuracy"} <= set(header)
+    best = str(run / "checkpoints" / "best.ckpt")
+    main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", best])
+    capsys.readouterr()
+    predict = ["predict", "--ckpt_path", best, "--input", "a.conllu", "--output", "out.conllu"]
+    main([*predict, "--input_format", "conllu", "--format", "conll"])
+    lines = Path("out.conllu").read_text().splitlines()
+    assert {len(line.split("\t")) for line in lines if line} == {10, 13}
+    assert {line.split("\t")[0] for line in lines if line.count("\t") == 9} == {"2-3"}
+
+
 def test_files_must_be_given(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
