@@ -24,7 +24,7 @@ def test_config_is_complete(config):
     assert loggers[1]["init_args"]["name"] == config
     assert {
         "BestCheckpoint",
-        "ModelCheckpoint",
+        "LastCheckpoint",
         "EarlyStopping",
         "LearningRateMonitor",
         "Throughput",
