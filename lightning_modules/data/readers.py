@@ -22,6 +22,7 @@ CONLLU_COLUMNS = (
 
 NOT_A_WORD = re.compile(r"\d+[-.]\d+")
 """The number of a range of words or of an empty node in CoNLL-U."""
+_SEVERAL = re.compile("[|+,;/][BIESLU]-")
 _DOCUMENT = "-DOCSTART-"
 
 
@@ -47,7 +48,7 @@ def read_conllu(
         path: the file.
         column: the column to take the tags from, by name; `feats:KEY` or `misc:KEY` takes one
             key's value, `_` where a word does not have it.
-        scheme: the tag scheme to check against, if any: "BIO", "IOB1" or "BIOES".
+        scheme: the tag scheme to check against, if any, as for `check_tag`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -102,7 +103,7 @@ def read_columns(
         tag_column: index of the column of the tag.
         delimiter: what separates columns: "\t", or " " for any run of spaces and tabs; None: a tab
             if the first line has one. Only between tabs may tokens hold spaces.
-        scheme: the tag scheme to check against, if any: "BIO", "IOB1" or "BIOES".
+        scheme: the tag scheme to check against, if any, as for `check_tag`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -142,24 +143,39 @@ def read_columns(
     return _finish([*sentences, current], path)
 
 
-def check_tag(tag: str, scheme: str | None, place: str) -> None:
+def check_tag(tag: str, scheme: str | None, place: str) -> str:
     """Check that a tag belongs to a scheme.
 
     Args:
         tag: the tag.
-        scheme: "BIO", "IOB1", "BIOES", or None, to which every tag that is not empty belongs.
+        scheme: "BIO", "IOB1", "BIOES"; "IO", whose tags may be bare types (`PER`), which become
+            `I-PER`; or None, to which every tag that is not empty belongs.
         place: where the tag stands, for the message.
+
+    Returns:
+        The tag.
 
     Raises:
         ValueError: it does not.
     """
     if not tag:
         raise ValueError(f"{place}: expected a tag, got an empty one")
+    if scheme is not None and _SEVERAL.search(tag):
+        raise ValueError(f"{place}: expected one tag, got {tag!r}: entities cannot be nested")
+    if scheme == "IO":
+        return _inside(tag, place)
     if scheme is not None:
         try:
             split_tag(tag, scheme)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
+    return tag
+
+
+def _inside(tag: str, place: str) -> str:
+    if re.fullmatch("[BESLU]-.+", tag):
+        raise ValueError(f"{place}: tag {tag!r} is outside the scheme IO: expected O, I-TYPE, TYPE")
+    return tag if tag == "O" or tag.startswith("I-") else f"I-{tag}"
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -197,7 +213,7 @@ def _is_token(
         return "\t" in line
     if len(cells) != width:
         return False
-    if current.tokens or scheme is None:
+    if current.tokens or scheme in (None, "IO"):  # to which anything belongs
         return bool(current.tokens)
     try:
         split_tag(cells[tag_column], scheme)
@@ -209,7 +225,7 @@ def _is_token(
 def _append(sentence: Sentence, token: str, tag: str, scheme: str | None, place: str) -> None:
     if not token:
         raise ValueError(f"{place}: expected a token, got an empty one")
-    check_tag(tag, scheme, place)
+    tag = check_tag(tag, scheme, place)
     sentence.tokens.append(token)
     sentence.tags.append(tag)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
 import lightning as L
@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fusedrnn.crf import PREFIXES
 from lightning_modules.data.batching import (
     BucketBatchSampler,
     ResumableLoader,
@@ -35,7 +34,7 @@ IGNORED = -100
 
 BUILTIN = "turkish-treebanks"
 
-Scheme = Literal["BIO", "IOB1", "BIOES"]
+Scheme = Literal["BIO", "IOB1", "IO", "BIOES"]
 
 CASINGS = ("other", "lower", "upper", "title", "mixed", "numeric", "with digit")
 """How a word is written, as far as letters and digits tell (Collobert et al. 2011)."""
@@ -190,7 +189,8 @@ class TaggingCodec:
 
         Args:
             sentences: the tagged sentences of the training split.
-            scheme: the scheme of their tags: None, "BIO", "IOB1" (written as BIO) or "BIOES".
+            scheme: the scheme of their tags: None, "BIO", "IOB1" or "IO" (both written as BIO), or
+                "BIOES".
             encoding: the scheme to learn; None: the same.
             min_count: words seen less often are unknown words.
             vectors: pretrained vectors, if any.
@@ -200,7 +200,7 @@ class TaggingCodec:
             others: the names of the further tasks, whose tags the sentences hold in this order.
         """
         sentences = list(sentences)
-        scheme = "BIO" if scheme == "IOB1" else scheme
+        scheme = "BIO" if scheme in ("IOB1", "IO") else scheme
         encoding = scheme if encoding is None else encoding
         counts: Counter[str] = Counter()
         characters: Counter[str] = Counter()
@@ -384,9 +384,9 @@ class TaggingData(L.LightningDataModule):
             others, such as [upos, xpos, feats]; the first is the main one.
         delimiter: of CoNLL columns: "\t", or " " for runs of spaces and tabs; None: a tab if the
             first line has one.
-        scheme: the scheme of tags that mark entities: BIO, IOB1 (also of files with I- alone) or
-            BIOES. None: tags are single labels, as parts of speech are. It is the first task's;
-            the tags of further ones are single labels.
+        scheme: the scheme of tags that mark entities: BIO; IOB1 (also of files with I- alone); IO,
+            whose tags may be bare types; or BIOES. None: tags are single labels, as parts of speech
+            are. It is the first task's; the tags of further ones are single labels.
         encoding: the scheme to learn, BIO or BIOES; None: `scheme`. Results are in `scheme` again.
         vectors: pretrained word vectors, a text file in the format of GloVe or fastText, or a
             `.bin` model of fastText. They are kept in a cache (see `load_vectors`).
@@ -438,8 +438,9 @@ class TaggingData(L.LightningDataModule):
             raise ValueError(
                 f"dataset: {BUILTIN} has its own splits; leave out train, val and test"
             )
-        if scheme is not None and scheme not in PREFIXES:
-            raise ValueError(f"scheme: expected one of {', '.join(PREFIXES)} or None, got {scheme}")
+        schemes = get_args(Scheme)
+        if scheme is not None and scheme not in schemes:
+            raise ValueError(f"scheme: expected one of {', '.join(schemes)} or None, got {scheme}")
         if encoding is not None and (scheme is None or encoding not in ("BIO", "BIOES")):
             raise ValueError(f"encoding: expected BIO or BIOES and a scheme, got {encoding}")
         for name, value in (("min_count", min_count), ("max_characters", max_characters)):
@@ -658,9 +659,7 @@ def read_table(
         for token in tokens:
             if not isinstance(token, str) or not token:
                 raise ValueError(f"{place}: expected text in column {columns[0]!r}, got {token!r}")
-        labels = [_label(tag, names, place) for tag in tags]
-        for label in labels:
-            check_tag(label, scheme, place)
+        labels = [check_tag(_label(tag, names, place), scheme, place) for tag in tags]
         if tokens:
             sentences.append(Sentence(tokens, labels))
     if not sentences:

@@ -296,7 +296,7 @@ def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
         ({"dataset": "turkish-treebanks"}, "turkish-treebanks has its own splits"),
         ({"tag_column": ["upos", "upos"]}, "tag_column: expected distinct columns"),
         ({"tag_column": []}, "tag_column: expected distinct columns"),
-        ({"scheme": "IOB2"}, "scheme: expected one of BIO, IOB1, BIOES or None, got IOB2"),
+        ({"scheme": "IOB2"}, "scheme: expected one of BIO, IOB1, IO, BIOES or None, got IOB2"),
         ({"encoding": "BIOES"}, "encoding: expected BIO or BIOES and a scheme"),
         ({"min_count": 0}, "min_count: expected at least 1, got 0"),
         ({"max_characters": 0}, "max_characters: expected at least 1"),
