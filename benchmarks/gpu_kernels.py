@@ -64,7 +64,7 @@ def _layers(case: Layer, size: int, dtype: torch.dtype, **shape: object) -> tupl
     return ours.to("cuda", dtype), theirs.to("cuda", dtype)
 
 
-def _microseconds(run: Callable[[], object], rounds: int = 11) -> float:
+def microseconds(run: Callable[[], object], rounds: int = 11) -> float:
     """Median time between two events, after two calls that compile and warm up."""
     times = []
     for turn in range(rounds + 2):
@@ -142,7 +142,7 @@ def _barrier(hidden_size: int, variant: str) -> Iterator[Row]:
     try:
         ours, _ = _layers(CASES["lstm"], hidden_size, torch.bfloat16)
         x = torch.randn(steps, 16, hidden_size, device="cuda", dtype=torch.bfloat16)
-        yield {"us_per_step": round(_microseconds(_forward(ours, x)) / steps, 3)}
+        yield {"us_per_step": round(microseconds(_forward(ours, x)) / steps, 3)}
     finally:
         launch.BARRIER = default
 
@@ -179,8 +179,8 @@ def _speed(
     steps = 512
     layers = _layers(CASES[cell], hidden_size, DTYPES[dtype], bidirectional=bidirectional)
     x = torch.randn(steps, batch, hidden_size, device="cuda").to(DTYPES[dtype]).requires_grad_()
-    forward = [_microseconds(_forward(layer, x)) / steps for layer in layers]
-    training = [_microseconds(_training(layer, x)) / steps for layer in layers]
+    forward = [microseconds(_forward(layer, x)) / steps for layer in layers]
+    training = [microseconds(_training(layer, x)) / steps for layer in layers]
     plans = layers[0].plan(x)
     yield {
         "programs": plans[0].programs,
