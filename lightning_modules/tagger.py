@@ -169,7 +169,6 @@ class Tagger(Task):
         features = self.model.encode(*batch[:6])
         tags = [batch.tags, *batch.other_tags]
         names = [batch.tag_names or [], *batch.other_names]
-        columns = []
         for place, head in enumerate(self.model.heads):
             emissions = head.emission(features)
             total, count = head.loss(emissions, tags[place], batch.lengths)
@@ -178,11 +177,11 @@ class Tagger(Task):
             self._scores(stage)[place].update(
                 total, count, paths, tags[place], names[place], predicted
             )
-            columns.append(predicted)
-        rows = zip(batch.tokens or [], batch.tag_names or [], columns[0], strict=True)
-        self._samples += [
-            [" ".join(cell) for cell in row] for row in islice(rows, SAMPLES_PER_BATCH)
-        ]
+            if place == 0:
+                rows = zip(batch.tokens or [], names[place], predicted, strict=True)
+                self._samples += [
+                    [" ".join(cell) for cell in row] for row in islice(rows, SAMPLES_PER_BATCH)
+                ]
 
     def on_validation_epoch_start(self) -> None:
         """Start to count."""

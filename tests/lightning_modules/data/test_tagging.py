@@ -253,6 +253,10 @@ def test_builtin_treebank_has_its_official_split() -> None:
     sizes = {split: len(data.sentences(split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 3881, "val": 485, "test": 485}
     assert len(data.codec.tags) == 14
+    both = TaggingData(dataset="turkish-treebanks", tag_column=["upos", "feats:Case"])
+    assert [s.tags for s in both.sentences("val")] == [s.tags for s in data.sentences("val")]
+    assert all(len(s.others[0]) == len(s.tokens) for s in both.sentences("test"))
+    assert {"Nom", "_"} <= set(both.codec.tasks[1].tags.symbols)
 
 
 def test_builtin_treebank_absent(monkeypatch) -> None:
