@@ -346,10 +346,6 @@ def _gates(
     y, _ = torch_loop.recurrence(
         cell, leaf(x), *map(leaf, arguments), **{name: leaf(v) for name, v in options.items()}
     )
-    gates = torch.stack(torch_loop.saved_gates(y)).detach()
-    lengths = options.get("lengths")
-    if lengths is not None:
-        gates = gates[:, :, lengths.argsort(descending=True, stable=True).argsort()]
-    gates = torch.where(alive[..., None], gates, 0.0)
+    gates = torch.where(alive[..., None], torch_loop.saved_gates(y).detach(), 0.0)
     names = GATES[CELLS[cell].gates]
     return dict(zip(names, gates.chunk(len(names), -1), strict=True))

@@ -1,19 +1,22 @@
 """Every cell in plain torch operations, the backward through time written out: the CPU path.
 
-The time loop is written once; a cell is a pair of functions, a step and its gradient, that fill
-buffers in place. Matrix products that need no order in time (the input's, and those of all weight
-gradients) are outside the loop. Rows are sorted by length, so that a step works on the first n
-rows, those that are that long, and padding costs nothing.
+The time loop is written once; a cell is a few functions, a step and its gradient, that fill buffers
+in place. What needs no order in time is outside the loop: the input's matrix product, those of all
+weight gradients, and the factors of the gradients that need no gradient to come.
 
-Buffers of states have T + 1 slots in the order of time: the step at t reads slot t and writes slot
-t + 1, or in the reverse direction reads t + 1 and writes t.
+Both directions run in lockstep, as lanes: the second lane's rows are turned round beforehand, each
+within its length, so that every lane runs forwards and a step is one batched product. Rows are
+sorted by length, so that a step works on the first n, those that are that long, and padding costs
+nothing.
+
+Shapes: L lanes (directions), T steps, B rows, G*H gates, P features of h (H without projection).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +28,50 @@ from .untraced import untraced
 
 State = tuple[Tensor, ...]
 
+CHUNK = 8
+"""Steps whose factors are computed at once: many enough to share the cost of a call, few enough to
+stay in the cache until their steps come."""
+
 
 class Weights(NamedTuple):
-    """What the steps of one direction multiply with.
+    """What the steps compute with.
 
     Attributes:
-        hh: recurrent matrix [G*H, P].
-        hn: bias inside the reset gate of the reset-after GRU, [H], or None.
-        params: extra parameters of the cell, in the order of its spec, each [n*H].
+        hh: recurrent matrices [L, G*H, P].
+        hh_t: the same, transposed.
+        bias: [L, 1, G*H], added by the step where the cell says so, else None.
+        hn: bias inside the reset gate of the reset-after GRU, [L, 1, H], or None.
+        params: extra parameters of the cell, in the order of its spec, each [L, 1, n*H].
     """
 
     hh: Tensor
+    hh_t: Tensor
+    bias: Tensor | None
     hn: Tensor | None
     params: Sequence[Tensor]
 
 
-class Saved(NamedTuple):
-    """What the gradient of a step reads, at one time or at all times.
+class Gates(NamedTuple):
+    """The gates of one step, and views of them: made once, because views cost as much as sums.
 
     Attributes:
-        gates: activated gates [..., G*H].
-        apart: what the cell keeps besides the gates, [..., n*H].
-        seen: h_{t-1} as the recurrent product sees it, [..., P].
+        whole: [L, n, G*H].
+        parts: each gate, [L, n, H].
+        joint: the first gates, all but one, [L, n, G - 1, H].
+    """
+
+    whole: Tensor
+    parts: Sequence[Tensor]
+    joint: Tensor
+
+
+class Saved(NamedTuple):
+    """What the gradients read of several steps.
+
+    Attributes:
+        gates: activated gates [L, steps, B, G*H].
+        apart: what the cell keeps besides the gates, [L, steps, B, n*H].
+        seen: h_{t-1} as the recurrent product sees it, [L, steps, B, P].
         prev: the states at t - 1.
     """
 
@@ -56,23 +81,52 @@ class Saved(NamedTuple):
     prev: State
 
 
-class Grads(NamedTuple):
-    """What the gradient of a step fills, at one time or at all times.
+class Step(NamedTuple):
+    """One step, forwards and backwards.
 
     Attributes:
-        gates: gradient of the gates before activation, which is that of the input part, [..., G*H].
-        apart: gradient of what was kept apart, [..., n*H].
-        params: gradient of each extra parameter so far, row by row, [B, n*H].
+        gates: activated gates.
+        apart: what the cell keeps besides them, [L, n, k*H].
+        seen: h_{t-1} as the recurrent product sees it, [L, n, P].
+        prev: the states at t - 1.
     """
 
-    gates: Tensor
+    gates: Gates
+    apart: Tensor
+    seen: Tensor
+    prev: State
+
+
+class Grads(NamedTuple):
+    """What the gradient of a step fills.
+
+    Attributes:
+        gates: gradient of the gates before activation, which is that of the input part.
+        apart: gradient of what was kept apart, [L, n, k*H].
+        params: of each parameter that is used by element, its gradient so far, [L, n, H].
+    """
+
+    gates: Gates
     apart: Tensor
     params: Sequence[Tensor]
 
 
+def _add_product(raw: Gates, z: Gates, seen: Tensor, w: Weights) -> None:
+    """Fill `raw` with z + bias + seen W^T."""
+    if w.bias is None:
+        torch.baddbmm(z.whole, seen, w.hh_t, out=raw.whole)
+    else:
+        torch.add(z.whole, w.bias, out=raw.whole).baddbmm_(seen, w.hh_t)
+
+
+def _tanh(x: Tensor, out: Tensor) -> Tensor:
+    """Tanh as 2 sigmoid(2x) - 1, half the time of torch.tanh on a CPU, 1e-7 off."""
+    return torch.mul(x, 2, out=out).sigmoid_().mul_(2).sub_(1)
+
+
 def tanh_(x: Tensor) -> Tensor:
-    """Tanh in place as 2 sigmoid(2x) - 1, half the time of torch.tanh on a CPU, 1e-7 off."""
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+    """Tanh in place."""
+    return _tanh(x, out=x)
 
 
 def tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -80,205 +134,244 @@ def tanh_grad(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(grad, grad * y, y, value=-1, out=out)
 
 
-def _rnn_tanh(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
-    new[0].copy_(tanh_(z.addmm_(seen, w.hh.t())))
+def _rnn_tanh(raw: Gates, s: Step, new: State, w: Weights) -> None:
+    _add_product(raw, s.gates, s.seen, w)
+    new[0].copy_(_tanh(raw.whole, out=s.gates.whole))
 
 
 def _rnn_tanh_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    return tanh_grad(dh, s.gates, out=d.gates) @ w.hh, None
+    return tanh_grad(dh, s.gates.whole, out=d.gates.whole) @ w.hh, None
 
 
-def _rnn_relu(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
-    new[0].copy_(z.addmm_(seen, w.hh.t()).relu_())
+def _rnn_relu(raw: Gates, s: Step, new: State, w: Weights) -> None:
+    _add_product(raw, s.gates, s.seen, w)
+    new[0].copy_(torch.clamp(raw.whole, min=0, out=s.gates.whole))
 
 
 def _rnn_relu_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    return torch.mul(dh, s.gates > 0, out=d.gates) @ w.hh, None
+    return torch.mul(dh, s.gates.whole > 0, out=d.gates.whole) @ w.hh, None
 
 
-def update_cell(z: Tensor, c_prev: Tensor, out: Tensor) -> Tensor:
-    """c_t = f c_{t-1} + i g, activating i, f and g."""
-    i, f, g, _ = z.chunk(4, 1)
-    g.mul_(2)
-    z[:, : 3 * c_prev.shape[1]].sigmoid_()
+def _update_cell(raw: Gates, s: Step, out: Tensor) -> Tensor:
+    """c_t = f c_{t-1} + i g, with i, f and g of `raw` activated."""
+    i, f, g, _ = s.gates.parts
+    raw.parts[2].mul_(2)
+    torch.sigmoid(raw.joint, out=s.gates.joint)
     g.mul_(2).sub_(1)
-    return torch.mul(f, c_prev, out=out).addcmul_(i, g)
+    return torch.mul(f, s.prev[1], out=out).addcmul_(i, g)
 
 
-def _gates_grad(d: Sequence[Tensor], gates: Sequence[Tensor], dc: Tensor, c_prev: Tensor) -> None:
-    """From dc_t: di, df and dg, where d holds z - z^2 on entry, and dc_{t-1} in place of dc_t."""
-    i, f, g, _ = gates
-    di, df, dg, _ = d
-    di.mul_(g).mul_(dc)
-    df.mul_(c_prev).mul_(dc)
-    tanh_grad(dc * i, g, out=dg)
-    dc.mul_(f)
-
-
-def _lstm(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
-    i, f, _, o = z.addmm_(seen, w.hh.t()).chunk(4, 1)
+def _lstm(raw: Gates, s: Step, new: State, w: Weights) -> None:
+    _add_product(raw, s.gates, s.seen, w)
     if w.params:
-        i.addcmul_(prev[1], w.params[0])
-        f.addcmul_(prev[1], w.params[1])
-    c = update_cell(z, prev[1], out=new[1])
+        raw.parts[0].addcmul_(s.prev[1], w.params[0])
+        raw.parts[1].addcmul_(s.prev[1], w.params[1])
+    c = _update_cell(raw, s, out=new[1])
     if w.params:
-        o.addcmul_(c, w.params[2])
-    torch.mul(o.sigmoid_(), tanh_(apart.copy_(c)), out=new[0])
+        raw.parts[3].addcmul_(c, w.params[2])
+    o = torch.sigmoid(raw.parts[3], out=s.gates.parts[3])
+    torch.mul(o, _tanh(c, out=s.apart), out=new[0])
+
+
+def _gate_factors(s: Saved, tanh_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d(i, f, g)/dc_t, [..., 3, H], and do/dh_t, before activation; dh_t/dc_t; c_t.
+
+    With the products u = i g, v = f c_{t-1} and h = o tanh(c_t), which several of them share:
+    di = u - u i, df = v - v f, dg = i - u g, do = h - h o, dh_t/dc_t = o - h tanh(c_t).
+    """
+    i, f, g, o = s.gates.chunk(4, -1)
+    joint = torch.empty_like(s.gates[..., : 3 * o.shape[-1]]).unflatten(-1, (3, -1))
+    di, df, dg = joint.unbind(-2)
+    u, v, h = i * g, f * s.prev[1], o * tanh_c
+    torch.addcmul(u, u, i, value=-1, out=di)
+    torch.addcmul(v, v, f, value=-1, out=df)
+    torch.addcmul(i, u, g, value=-1, out=dg)
+    through = torch.addcmul(o, h, tanh_c, value=-1)
+    return joint, h.addcmul_(h, o, value=-1), through, u.add_(v)
+
+
+def _gates_grad(d: Gates, factors: Sequence[Tensor], dc: Tensor, dh: Tensor) -> None:
+    """Fill d: i, f and g have dc_t times their factors, o has dh_t times its own."""
+    torch.mul(factors[0], dc.unsqueeze(-2), out=d.joint)
+    torch.mul(factors[1], dh, out=d.parts[3])
+
+
+def _lstm_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
+    """Those of the gates, dc_t/dh_t, dc_{t-1}/dc_t and, for peepholes, c_t."""
+    joint, do, through, c = _gate_factors(s, s.apart)
+    f = s.gates.chunk(4, -1)[1]
+    if not w.params:
+        return joint, do, through, f
+    di, df, _ = joint.unbind(-2)
+    p_i, p_f, p_o = (p.unsqueeze(1) for p in w.params)
+    carried = torch.addcmul(f, di, p_i).addcmul_(df, p_f)
+    return joint, do, through.addcmul_(do, p_o), carried, c
 
 
 def _lstm_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    gates, c_prev, tanh_c = s.gates.chunk(4, 1), s.prev[1], s.apart
-    dgates = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)
-    (i, f, g, o), (di, df, _, do) = gates, dgates
-    do.mul_(tanh_c).mul_(dh)
-    dc.add_(tanh_grad(dh * o, tanh_c))
-    if w.params:
-        dc.addcmul_(do, w.params[2])
-        d.params[2].addcmul_(do, (f * c_prev).addcmul_(i, g))
-    _gates_grad(dgates, gates, dc, c_prev)
-    if w.params:
-        dc.addcmul_(di, w.params[0]).addcmul_(df, w.params[1])
-        d.params[0].addcmul_(di, c_prev)
-        d.params[1].addcmul_(df, c_prev)
-    return d.gates @ w.hh, None
+    through, carried, *c = factors[2:]
+    dc.addcmul_(dh, through)
+    _gates_grad(d.gates, factors, dc, dh)
+    dc.mul_(carried)
+    if c:
+        di, df, _, do = d.gates.parts
+        d.params[0].addcmul_(di, s.prev[1])
+        d.params[1].addcmul_(df, s.prev[1])
+        d.params[2].addcmul_(do, c[0])
+    return d.gates.whole @ w.hh, None
 
 
-def _layer_norm(
-    x: Tensor, gain: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(x, x.shape[-1:], gain, bias, LAYER_NORM_EPS)
+def _normed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm without gain and bias, mean and 1 / standard deviation."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
 
 
-def _layer_norm_grad(
-    grad: Tensor, x: Tensor, gain: Tensor, bias: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, mean, rstd = _layer_norm(x, gain, bias)
+def _normed_grad(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     backward = torch.ops.aten.native_layer_norm_backward
-    return backward(grad, x, x.shape[-1:], mean, rstd, gain, bias, wanted)
+    mean, rstd = mean.contiguous(), rstd.contiguous()  # it reads them as if they were
+    return backward(grad, x, x.shape[-1:], mean, rstd, None, None, (True, False, False))[0]
 
 
-def _lstm_layernorm(
-    z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights
-) -> None:
+def _recurrent_and_cell(apart: Tensor) -> Sequence[Tensor]:
+    """What the layer-norm LSTM keeps apart: W h_{t-1}, [..., 4*H], and c_t, before their norms."""
+    size = apart.shape[-1] // 5
+    return apart.split((4 * size, size), -1)
+
+
+def _lstm_layernorm(raw: Gates, s: Step, new: State, w: Weights) -> None:
     _, ln_hh, ln_c, ln_c_bias = w.params
-    recurrent, cell = apart.split((z.shape[1], prev[1].shape[1]), 1)
-    torch.mm(seen, w.hh.t(), out=recurrent)
-    z.add_(_layer_norm(recurrent, ln_hh)[0])
-    cell.copy_(update_cell(z, prev[1], out=new[1]))
-    o = z.chunk(4, 1)[3].sigmoid_()
-    torch.mul(o, tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0]), out=new[0])
+    recurrent, cell = _recurrent_and_cell(s.apart)
+    recurrent.copy_(torch.bmm(s.seen, w.hh_t, out=raw.whole))
+    torch.addcmul(s.gates.whole, _normed(recurrent)[0], ln_hh, out=raw.whole)
+    cell.copy_(_update_cell(raw, s, out=new[1]))
+    o = torch.sigmoid(raw.parts[3], out=s.gates.parts[3])
+    h = torch.addcmul(ln_c_bias, _normed(cell)[0], ln_c, out=new[0])
+    tanh_(h).mul_(o)
+
+
+def _lstm_layernorm_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
+    """Those of the gates, dh_t by the normed c_t, and the statistics of both norms."""
+    _, _, ln_c, ln_c_bias = w.params
+    recurrent, cell = _recurrent_and_cell(s.apart)
+    normed, *of_cell = _normed(cell)
+    tanh_c = torch.addcmul(ln_c_bias.unsqueeze(1), normed, ln_c.unsqueeze(1))
+    tanh_(tanh_c)
+    return *_gate_factors(s, tanh_c)[:3], *of_cell, *_normed(recurrent)[1:]
 
 
 def _lstm_layernorm_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    _, ln_hh, ln_c, ln_c_bias = w.params
-    sizes = (d.gates.shape[1], dc.shape[1])
-    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, 1), d.apart.split(sizes, 1)
-    gates = s.gates.chunk(4, 1)
-    dgates = torch.addcmul(s.gates, s.gates, s.gates, value=-1, out=d.gates).chunk(4, 1)
-    o, do = gates[3], dgates[3]
-    tanh_c = tanh_(_layer_norm(cell, ln_c, ln_c_bias)[0])
-    do.mul_(tanh_c).mul_(dh)
-    tanh_grad(dh * o, tanh_c, out=dnormed)
-    dc.add_(_layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (True, False, False))[0])
-    _gates_grad(dgates, gates, dc, s.prev[1])
-    drecurrent.copy_(_layer_norm_grad(d.gates, recurrent, ln_hh, None, (True, False, False))[0])
-    return drecurrent @ w.hh, None
+    _, ln_hh, ln_c, _ = w.params
+    (recurrent, cell), (drecurrent, dnormed) = map(_recurrent_and_cell, (s.apart, d.apart))
+    through, *statistics = factors[2:]
+    torch.mul(dh, through, out=dnormed)
+    dc.add_(_normed_grad(dnormed * ln_c, cell, *statistics[:2]))
+    _gates_grad(d.gates, factors, dc, dh)
+    dc.mul_(s.gates.parts[1])
+    grad = _normed_grad(d.gates.whole * ln_hh, recurrent, *statistics[2:])
+    drecurrent.copy_(grad)
+    return grad @ w.hh, None
 
 
-def _gru(z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights) -> None:
-    size = apart.shape[1]
-    r, update, n = z.chunk(3, 1)
-    z[:, : 2 * size].addmm_(seen, w.hh[: 2 * size].t()).sigmoid_()
-    torch.mm(seen, w.hh[2 * size :].t(), out=apart)
+def _gru(raw: Gates, s: Step, new: State, w: Weights) -> None:
+    r, update, n = s.gates.parts
+    torch.bmm(s.seen, w.hh_t, out=raw.whole)
+    torch.sigmoid(raw.joint.add_(s.gates.joint), out=s.gates.joint)
+    s.apart.copy_(raw.parts[2])
     if w.hn is not None:
-        apart.add_(w.hn)
-    torch.lerp(tanh_(n.addcmul_(r, apart)), prev[0], update, out=new[0])
+        s.apart.add_(w.hn)
+    torch.lerp(tanh_(n.addcmul_(r, s.apart)), s.prev[0], update, out=new[0])
 
 
-def _interpolation_grad(dz: Tensor, dh: Tensor, s: Saved) -> tuple[Tensor, Tensor]:
+def _interpolation_grad(d: Gates, dh: Tensor, s: Step) -> tuple[Tensor, Tensor]:
     """Fill dz and dn of h_t = n + z (h_{t-1} - n); return dn and what h_{t-1} gets directly."""
-    _, update, n = s.gates.chunk(3, 1)
-    _, dupdate, dn = dz.chunk(3, 1)
+    _, update, n = s.gates.parts
     direct = dh * update
     change = (s.prev[0] - n).mul_(direct)
-    torch.addcmul(change, change, update, value=-1, out=dupdate)
-    return tanh_grad(dh - direct, n, out=dn), direct
+    torch.addcmul(change, change, update, value=-1, out=d.parts[1])
+    return tanh_grad(dh - direct, n, out=d.parts[2]), direct
 
 
 def _gru_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    size = dh.shape[1]
-    r, dboth = s.gates[:, :size], d.gates[:, : 2 * size]
+    size, r = dh.shape[-1], s.gates.parts[0]
     dn, direct = _interpolation_grad(d.gates, dh, s)
     torch.mul(dn, r, out=d.apart)
     reset = d.apart * s.apart
-    torch.addcmul(reset, reset, r, value=-1, out=dboth[:, :size])
-    return (dboth @ w.hh[: 2 * size]).addmm_(d.apart, w.hh[2 * size :]), direct
+    torch.addcmul(reset, reset, r, value=-1, out=d.gates.parts[0])
+    dseen = d.gates.whole[..., : 2 * size] @ w.hh[:, : 2 * size]
+    return dseen.baddbmm_(d.apart, w.hh[:, 2 * size :]), direct
 
 
-def _gru_reset_before(
-    z: Tensor, seen: Tensor, prev: State, new: State, apart: Tensor, w: Weights
-) -> None:
-    size = prev[0].shape[1]
-    r, update, n = z.chunk(3, 1)
-    z[:, : 2 * size].addmm_(seen, w.hh[: 2 * size].t()).sigmoid_()
-    n.addmm_(r * seen, w.hh[2 * size :].t())
-    torch.lerp(tanh_(n), prev[0], update, out=new[0])
+def _gru_reset_before(raw: Gates, s: Step, new: State, w: Weights) -> None:
+    size = s.prev[0].shape[-1]
+    r, update, n = s.gates.parts
+    both = torch.bmm(s.seen, w.hh_t[..., : 2 * size]).unflatten(-1, (2, -1))
+    torch.sigmoid(both.add_(s.gates.joint), out=s.gates.joint)
+    _tanh(torch.baddbmm(n, r * s.seen, w.hh_t[..., 2 * size :]), out=n)
+    torch.lerp(n, s.prev[0], update, out=new[0])
 
 
 def _gru_reset_before_grad(
-    d: Grads, dh: Tensor, dc: Tensor, s: Saved, w: Weights
+    d: Grads, dh: Tensor, dc: Tensor, s: Step, factors: Sequence[Tensor], w: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    size = dh.shape[1]
-    r, dboth = s.gates[:, :size], d.gates[:, : 2 * size]
+    size, r = dh.shape[-1], s.gates.parts[0]
     dn, direct = _interpolation_grad(d.gates, dh, s)
-    dseen = (dn @ w.hh[2 * size :]).mul_(r)
+    dseen = (dn @ w.hh[:, 2 * size :]).mul_(r)
     reset = dseen * s.seen
-    torch.addcmul(reset, reset, r, value=-1, out=dboth[:, :size])
-    return dseen.addmm_(dboth, w.hh[: 2 * size]), direct
+    torch.addcmul(reset, reset, r, value=-1, out=d.gates.parts[0])
+    return dseen.baddbmm_(d.gates.whole[..., : 2 * size], w.hh[:, : 2 * size]), direct
 
 
-WeightGrads = tuple[Tensor, Tensor | None, list[Tensor | None]]
+WeightGrads = tuple[Tensor, Tensor | None, Sequence[Tensor | None]]
 
 
 def product_grad(dz: Tensor, seen: Tensor) -> Tensor:
-    """Gradient of W in z = seen W^T, summed over time and batch."""
-    return dz.flatten(0, 1).t() @ seen.flatten(0, 1)
+    """Gradient of W in z = seen W^T, summed over time and batch, [..., T, B, *]."""
+    return dz.flatten(-3, -2).mT @ seen.flatten(-3, -2)
 
 
-def _weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
-    return product_grad(d.gates, s.seen), None, [p.sum(0) for p in d.params]
+def _no_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
+    return ()
 
 
-def _lstm_layernorm_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
-    _, ln_hh, ln_c, ln_c_bias = w.params
-    sizes = (d.gates.shape[-1], s.prev[1].shape[-1])
-    (recurrent, cell), (drecurrent, dnormed) = s.apart.split(sizes, -1), d.apart.split(sizes, -1)
-    _, gain_hh, _ = _layer_norm_grad(d.gates, recurrent, ln_hh, None, (False, True, False))
-    _, gain_c, bias_c = _layer_norm_grad(dnormed, cell, ln_c, ln_c_bias, (False, True, True))
-    return product_grad(drecurrent, s.seen), None, [None, gain_hh, gain_c, bias_c]
+def _weight_grads(
+    dz: Tensor, dapart: Tensor, params: Sequence[Tensor], s: Saved, w: Weights
+) -> WeightGrads:
+    return product_grad(dz, s.seen), None, [p.sum(1, keepdim=True) for p in params]
 
 
-def _gru_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
-    both = d.gates[..., : 2 * d.apart.shape[-1]]
-    dw = torch.cat([product_grad(part, s.seen) for part in (both, d.apart)])
-    return dw, None if w.hn is None else d.apart.sum((0, 1)), []
+def _lstm_layernorm_weight_grads(
+    dz: Tensor, dapart: Tensor, params: Sequence[Tensor], s: Saved, w: Weights
+) -> WeightGrads:
+    (recurrent, cell), (drecurrent, dnormed) = map(_recurrent_and_cell, (s.apart, dapart))
+    each = dz * _normed(recurrent)[0], dnormed * _normed(cell)[0], dnormed
+    return product_grad(drecurrent, s.seen), None, [None, *(x.sum((1, 2))[:, None] for x in each)]
 
 
-def _gru_reset_before_weight_grads(d: Grads, s: Saved, w: Weights) -> WeightGrads:
+def _gru_weight_grads(
+    dz: Tensor, dapart: Tensor, params: Sequence[Tensor], s: Saved, w: Weights
+) -> WeightGrads:
+    both = dz[..., : 2 * dapart.shape[-1]]
+    dw = torch.cat([product_grad(part, s.seen) for part in (both, dapart)], 1)
+    return dw, None if w.hn is None else dapart.sum((1, 2))[:, None], []
+
+
+def _gru_reset_before_weight_grads(
+    dz: Tensor, dapart: Tensor, params: Sequence[Tensor], s: Saved, w: Weights
+) -> WeightGrads:
     size = s.seen.shape[-1]
-    both, dn = d.gates.split((2 * size, size), -1)
+    both, dn = dz.split((2 * size, size), -1)
     reset = product_grad(dn, s.gates[..., :size] * s.seen)
-    return torch.cat([product_grad(both, s.seen), reset]), None, []
+    return torch.cat([product_grad(both, s.seen), reset], 1), None, []
 
 
 @dataclass(frozen=True)
@@ -286,84 +379,130 @@ class Cell:
     """A cell's step and gradient.
 
     Attributes:
-        step: (gates, seen, prev, new, apart, weights): turns the input part of the gates into the
-            activated gates, fills `new` and `apart`.
-        grad: (grads, dh, dc, saved, weights): fills `grads`, turns dc_t into dc_{t-1}, and returns
-            the gradients of `seen` and of h_{t-1} where the cell uses it directly.
-        weight_grads: (grads, saved, weights), all times at once: the gradients of the weights.
-        apart: n, the width of `apart` as a multiple of H.
+        step: (raw, step, new, weights): turns the input part in `step.gates` into the activated
+            gates, fills `new` and `step.apart`; `raw` is its to write in.
+        grad: (grads, dh, dc, step, factors, weights): fills `grads`, turns dc_t into dc_{t-1}, and
+            returns the gradients of `seen` and of h_{t-1} where the cell uses it directly.
+        factors: (saved, weights), several steps at once: what `grad` reads of them, everything in
+            the gradients that needs no gradient to come.
+        weight_grads: (dgates, dapart, params, saved, weights), all steps at once: the gradients of
+            the weights.
+        apart: k, the width of `apart` as a multiple of H.
+        adds_bias: whether the step adds the bias, which costs nothing where it copies the gates.
+        by_element: whether the gradients of the cell's parameters add up in `Grads.params`.
     """
 
-    step: Callable[[Tensor, Tensor, State, State, Tensor, Weights], None]
-    grad: Callable[[Grads, Tensor, Tensor, Saved, Weights], tuple[Tensor, Tensor | None]]
-    weight_grads: Callable[[Grads, Saved, Weights], WeightGrads] = _weight_grads
+    step: Callable[[Gates, Step, State, Weights], None]
+    grad: Callable[..., tuple[Tensor, Tensor | None]]
+    factors: Callable[[Saved, Weights], Sequence[Tensor]] = _no_factors
+    weight_grads: Callable[..., WeightGrads] = _weight_grads
     apart: int = 0
+    adds_bias: bool = True
+    by_element: bool = False
 
 
 STEPS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn_tanh, _rnn_tanh_grad),
     "rnn_relu": Cell(_rnn_relu, _rnn_relu_grad),
-    "lstm": Cell(_lstm, _lstm_grad, apart=1),
-    "lstm_peephole": Cell(_lstm, _lstm_grad, apart=1),
+    "lstm": Cell(_lstm, _lstm_grad, _lstm_factors, apart=1),
+    "lstm_peephole": Cell(_lstm, _lstm_grad, _lstm_factors, apart=1, by_element=True),
     "lstm_layernorm": Cell(
-        _lstm_layernorm, _lstm_layernorm_grad, _lstm_layernorm_weight_grads, apart=5
+        _lstm_layernorm,
+        _lstm_layernorm_grad,
+        _lstm_layernorm_factors,
+        _lstm_layernorm_weight_grads,
+        apart=5,
+        adds_bias=False,
     ),
-    "gru": Cell(_gru, _gru_grad, _gru_weight_grads, apart=1),
+    "gru": Cell(_gru, _gru_grad, weight_grads=_gru_weight_grads, apart=1, adds_bias=False),
     "gru_reset_before": Cell(
-        _gru_reset_before, _gru_reset_before_grad, _gru_reset_before_weight_grads
+        _gru_reset_before,
+        _gru_reset_before_grad,
+        weight_grads=_gru_reset_before_weight_grads,
+        adds_bias=False,
     ),
 }
 
 
 class Options(NamedTuple):
-    """How one direction runs.
+    """How the lanes run.
 
     Attributes:
         cell: name in `STEPS`.
-        reverse: whether it runs from last step to first.
         lengths: valid steps of each row, longest first, int64 [B], or None.
-        counts: for each time, how many rows are that long.
-        mask: what the recurrent product multiplies h with, [B, P], or None.
-        update: for h and c, the part of a new value that zoneout takes, [T, B, size] or a number;
-            empty without zoneout.
+        counts: for each step, how many rows are that long.
+        mask: what the recurrent product multiplies h with, [L, B, P], or None.
+        update: for h and c, the part of a new value that zoneout takes, [L, T, B, size] or a
+            number; empty without zoneout.
+        orders: for each row of a lane, int64 [L, T*B], its place among the rows of the sequence;
+            None where they are the same.
+        places: for each row of the sequence, its place in each lane, int64 [L, T*B]; or None.
     """
 
     cell: str
-    reverse: bool
     lengths: Tensor | None
     counts: Sequence[int]
     mask: Tensor | None
     update: Sequence[Tensor | float]
-
-    def order(self) -> Sequence[int]:
-        """Times in the order of the recurrence."""
-        times = range(len(self.counts))
-        return times[::-1] if self.reverse else times
-
-    def before_and_after(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Of T + 1 slots, those that the steps read and those that they write, by time."""
-        return (states[1:], states[:-1]) if self.reverse else (states[:-1], states[1:])
+    orders: Tensor | None
+    places: Tensor | None
 
     def buffer(self, like: Tensor, *shape: int) -> Tensor:
-        """Memory for all times, zero where a step may not write it."""
+        """Memory for all steps, zero where a step may not write it."""
         return like.new_empty(shape) if self.lengths is None else like.new_zeros(shape)
 
-    def rows(self, tensor: Tensor) -> Sequence[Tensor]:
-        """For each time of [T, B, ...], the rows that are that long."""
-        times = tensor.unbind(0)
+    def rows(self, tensor: Tensor, first: int = 0) -> Sequence[Tensor]:
+        """For each step of [L, steps, B, ...], from `first` on, the rows that are that long."""
+        steps = tensor.unbind(1)
         if self.lengths is None:
-            return times
-        return [rows[:n] for rows, n in zip(times, self.counts, strict=True)]
+            return steps
+        return [rows[:, :n] for rows, n in zip(steps, self.counts[first:], strict=False)]
+
+    def gates(self, tensor: Tensor) -> list[Gates]:
+        """For each step of [L, T, B, G*H], the gates of the rows that are that long."""
+        apart = tensor.unflatten(-1, (CELLS[self.cell].gates, -1))
+        parts = zip(*map(self.rows, apart.unbind(-2)), strict=True)
+        joint = self.rows(apart[..., : CELLS[self.cell].gates - 1, :])
+        return [Gates(*g) for g in zip(self.rows(tensor), parts, joint, strict=True)]
+
+    def scratch(self, gates: Tensor) -> list[Gates]:
+        """For each step, memory for its gates; it is the same at every step."""
+        lanes, _, _, size = gates.shape
+        memory = gates.new_empty(lanes * self.counts[0] * size)
+        shapes = {n: memory[: lanes * n * size].view(lanes, 1, n, size) for n in set(self.counts)}
+        options = self._replace(lengths=None)
+        views = {n: options.gates(tensor)[0] for n, tensor in shapes.items()}
+        return [views[n] for n in self.counts]
+
+    def join(self, states: Tensor) -> Tensor:
+        """The output [T, B, L*P], from the slots [L, T + 1, B, P]."""
+        lanes, slots, batch, size = states.shape
+        if self.places is None:
+            return states[0, 1:]
+        start = torch.arange(lanes, device=states.device)[:, None] * slots * batch + batch
+        rows = states.flatten(0, 2).index_select(0, (self.places + start).t().flatten())
+        return rows.view(slots - 1, batch, lanes * size)
+
+    def part(self, y: Tensor) -> Tensor:
+        """The output, or its gradient, [T, B, L*P], by lanes, [L, T, B, P]."""
+        if self.orders is None:
+            return y[None]
+        lanes, (steps, batch, _) = len(self.orders), y.shape
+        start = torch.arange(lanes, device=y.device)[:, None]
+        rows = y.reshape(steps * batch * lanes, -1).index_select(
+            0, (self.orders * lanes + start).flatten()
+        )
+        return rows.view(lanes, steps, batch, -1)
 
     def zoneout(self) -> Sequence[Sequence[Tensor | float]]:
-        """For each time, the part of each new state that is taken."""
+        """For each step, the part of each new state that is taken."""
         steps = len(self.counts)
         parts = ([u] * steps if isinstance(u, float) else self.rows(u) for u in self.update)
         return list(zip(*parts, strict=True)) or [()] * steps
 
 
 class _Recurrence(torch.autograd.Function):
-    """One direction. Overwrites `gates`, the input part, with the activated gates."""
+    """All lanes. Overwrites `gates`, the input part, with the activated gates."""
 
     @staticmethod
     def forward(
@@ -371,47 +510,50 @@ class _Recurrence(torch.autograd.Function):
         options: Options,
         gates: Tensor,
         w_hh: Tensor,
+        bias: Tensor | None,
         b_hn: Tensor | None,
         w_hr: Tensor | None,
         count: int,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         initial, params = rest[:count], rest[count:]
-        steps, batch, rows = gates.shape
+        lanes, steps, batch, rows = gates.shape
         spec, cell = CELLS[options.cell], STEPS[options.cell]
         hidden = rows // spec.gates
-        weights = Weights(w_hh, b_hn, params)
-        last = steps if options.lengths is None else options.lengths
-        first, last = (last, 0) if options.reverse else (0, last)
-        row = torch.arange(batch, device=gates.device)
-        states = [options.buffer(s, steps + 1, *s.shape) for s in initial]
+        weights = Weights(w_hh, w_hh.mT, bias, b_hn, params)
+        if options.lengths is not None:
+            times = torch.arange(steps, device=gates.device)[:, None]
+            gates.masked_fill_((times >= options.lengths)[..., None], 0.0)
+        states = [options.buffer(s, lanes, steps + 1, batch, s.shape[-1]) for s in initial]
         for buffer, value in zip(states, initial, strict=True):
-            buffer[first, row] = value
-        before, after = zip(*(options.before_and_after(s) for s in states), strict=True)
-        apart = options.buffer(gates, steps, batch, cell.apart * hidden)
-        unprojected = options.buffer(gates, steps, batch, 0 if w_hr is None else hidden)
-        z, kept = options.rows(gates), options.rows(apart)
-        old, new = (list(zip(*map(options.rows, s), strict=True)) for s in (before, after))
-        raw = options.rows(unprojected)
+            buffer[:, 0] = value
+        apart = options.buffer(gates, lanes, steps, batch, cell.apart * hidden)
+        unprojected = options.buffer(gates, lanes, steps, batch, 0 if w_hr is None else hidden)
+        z, raw, kept, wide = (
+            options.gates(gates),
+            options.scratch(gates),
+            options.rows(apart),
+            options.rows(unprojected),
+        )
+        old = list(zip(*(options.rows(s[:, :-1]) for s in states), strict=True))
+        new = list(zip(*(options.rows(s[:, 1:]) for s in states), strict=True))
         parts = options.zoneout()
-        for t in options.order():
+        for t, n in enumerate(options.counts):
             seen = old[t][0]
             if options.mask is not None:
-                seen = seen * options.mask[: options.counts[t]]
-            out = new[t] if w_hr is None else (raw[t], *new[t][1:])
-            cell.step(z[t], seen, old[t], out, kept[t], weights)
+                seen = seen * options.mask[:, :n]
+            out = new[t] if w_hr is None else (wide[t], *new[t][1:])
+            cell.step(raw[t], Step(z[t], kept[t], seen, old[t]), out, weights)
             if w_hr is not None:
-                torch.mm(raw[t], w_hr.t(), out=new[t][0])
+                new[t][0].copy_(wide[t] @ w_hr.mT)
             for part, fresh, stale in zip(parts[t], new[t], old[t], strict=False):
                 torch.lerp(stale, fresh, part, out=fresh)
-        ctx.save_for_backward(gates, apart, unprojected, w_hh, b_hn, w_hr, *states, *params)
+        ctx.save_for_backward(gates, apart, unprojected, w_hh, bias, b_hn, w_hr, *states, *params)
         ctx.options, ctx.count = options, count
         ctx.set_materialize_grads(False)
-        y = after[0]
-        if options.reverse and options.lengths is not None:
-            beyond = torch.arange(steps, device=y.device)[:, None] >= options.lengths
-            y = y.masked_fill(beyond[..., None], 0.0)
-        return y, *(s[last, row] for s in states)
+        row = torch.arange(batch, device=gates.device)
+        last = steps if options.lengths is None else options.lengths
+        return options.join(states[0]), *(s[:, last, row] for s in states)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -420,31 +562,29 @@ class _Recurrence(torch.autograd.Function):
                 "the backward of backend='torch' is not differentiable for this cell: use "
                 "backend='reference' for gradients of gradients (create_graph=True)"
             )
-        gates, apart, unprojected, w_hh, b_hn, w_hr, *rest = ctx.saved_tensors
+        gates, apart, unprojected, w_hh, bias, b_hn, w_hr, *rest = ctx.saved_tensors
         options, states, params = ctx.options, rest[: ctx.count], rest[ctx.count :]
-        cell, weights = STEPS[options.cell], Weights(w_hh, b_hn, params)
-        before = tuple(options.before_and_after(s)[0] for s in states)
-        seen = before[0] if options.mask is None else before[0] * options.mask
-        saved = Saved(gates, apart, seen, before)
+        cell, weights = STEPS[options.cell], Weights(w_hh, w_hh.mT, bias, b_hn, params)
+        before = tuple(s[:, :-1] for s in states)
+        seen = before[0] if options.mask is None else before[0] * options.mask[:, None]
         dstate = [
-            torch.zeros_like(s[0]) if d is None else d.clone()
+            torch.zeros_like(s[:, 0]) if d is None else d.clone()
             for s, d in zip(states, dfinal, strict=True)
         ]
-        grads = Grads(
-            options.buffer(gates, *gates.shape),
-            options.buffer(gates, *apart.shape),
-            [gates.new_zeros(gates.shape[1], p.shape[0]) for p in params],
-        )
-        size = 0 if w_hr is None else w_hr.shape[0]
-        dprojected = options.buffer(gates, *gates.shape[:2], size)
-        z, kept, see = (options.rows(b) for b in (gates, apart, seen))
-        dz, dkept = options.rows(grads.gates), options.rows(grads.apart)
+        saved = Saved(gates, apart, seen, before)
+        dgates, dapart = (options.buffer(gates, *b.shape) for b in (gates, apart))
+        totals = [torch.zeros_like(dstate[-1]) for _ in params if cell.by_element]
+        dprojected = options.buffer(gates, *gates.shape[:3], 0 if w_hr is None else w_hr.shape[1])
+        z, dz = options.gates(gates), options.gates(dgates)
+        kept, dkept, dout, see = map(options.rows, (apart, dapart, dprojected, seen))
         old = list(zip(*map(options.rows, before), strict=True))
-        dys = None if dy is None else options.rows(dy)
+        dys = None if dy is None else options.rows(options.part(dy))
         parts = options.zoneout()
-        for t in reversed(options.order()):
-            n = options.counts[t]
-            now = [d[:n] for d in dstate]
+        now, sums, n = dstate, totals, gates.shape[2]
+        for t, factors in _backwards(options, cell, saved, weights):
+            if options.counts[t] != n or options.lengths is not None:
+                n = options.counts[t]
+                now, sums = [d[:, :n] for d in dstate], [d[:, :n] for d in totals]
             if dys is not None:
                 now[0].add_(dys[t])
             held = [d * (1 - part) for part, d in zip(parts[t], now, strict=False)]
@@ -452,54 +592,93 @@ class _Recurrence(torch.autograd.Function):
                 d.mul_(part)
             dh = now[0]
             if w_hr is not None:
-                dprojected[t, :n] = dh
-                dh = dh @ w_hr
-            step = Grads(dz[t], dkept[t], [p[:n] for p in grads.params])
-            then = Saved(z[t], kept[t], see[t], old[t])
-            dseen, direct = cell.grad(step, dh, now[-1], then, weights)
+                dh = dout[t].copy_(dh) @ w_hr
+            grads, step = Grads(dz[t], dkept[t], sums), Step(z[t], kept[t], see[t], old[t])
+            dseen, direct = cell.grad(grads, dh, now[-1], step, factors, weights)
             if options.mask is not None:
-                dseen.mul_(options.mask[:n])
-            now[0].copy_(dseen if direct is None else dseen.add_(direct))
+                dseen.mul_(options.mask[:, :n])
+            dh = dseen if direct is None else dseen.add_(direct)
+            if options.lengths is None:
+                now[0] = dh
+            else:
+                now[0].copy_(dh)
             for d, part in zip(now, held, strict=False):
                 d.add_(part)
-        dw_hh, db_hn, dparams = cell.weight_grads(grads, saved, weights)
+        dw_hh, db_hn, dparams = cell.weight_grads(dgates, dapart, totals, saved, weights)
+        dbias = None if bias is None else dgates.sum((1, 2))[:, None]
         dw_hr = None if w_hr is None else product_grad(dprojected, unprojected)
-        return None, grads.gates, dw_hh, db_hn, dw_hr, None, *dstate, *dparams
+        return None, dgates, dw_hh, dbias, db_hn, dw_hr, None, *dstate, *dparams
 
 
-def saved_gates(y: Tensor) -> list[Tensor]:
-    """The activated gates of each direction, from the graph of an output of `recurrence`.
+def _backwards(
+    options: Options, cell: Cell, saved: Saved, weights: Weights
+) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Steps from the last to the first, each with the factors of its gradient."""
+    for end in range(len(options.counts), 0, -CHUNK):
+        first = max(0, end - CHUNK)
+        gates, apart, seen, *prev = (b[:, first:end] for b in (*saved[:3], *saved.prev))
+        factors = cell.factors(Saved(gates, apart, seen, tuple(prev)), weights)
+        rows = list(zip(*(options.rows(f, first) for f in factors), strict=True))
+        for t in reversed(range(first, end)):
+            yield t, rows[t - first] if rows else ()
+
+
+class _Lanes(torch.autograd.Function):
+    """The rows of [N, ...] in each lane's order, [L, N, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, orders: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, orders.flatten()).unflatten(0, orders.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        lanes = zip(dx, ctx.places, strict=True)
+        return sum(d.index_select(0, place) for d, place in lanes), None, None
+
+
+def saved_gates(y: Tensor) -> Tensor:
+    """The activated gates, from the graph of an output of `recurrence`.
 
     Args:
         y: an output that wants gradients, whose inputs have no history of this kind of their own.
 
     Returns:
-        For each direction [T, B, G*H], rows from the longest to the shortest (ties as they were);
-        past a row's end there is nothing of meaning.
+        [D, T, B, G*H]; past a row's end there is nothing of meaning.
     """
-    nodes, found = [y.grad_fn], {}
-    while nodes:
+    nodes = [y.grad_fn]
+    while not isinstance(nodes[-1], _Recurrence._backward_cls):
         node = nodes.pop()
-        if isinstance(node, _Recurrence._backward_cls):
-            found[node.options.reverse] = node.saved_tensors[0]
-        elif node is not None:
+        if node is not None:
             nodes.extend(parent for parent, _ in node.next_functions)
-    return [found[reverse] for reverse in sorted(found)]
+    gates, options = nodes[-1].saved_tensors[0], nodes[-1].options
+    if options.places is None:
+        return gates
+    rows = zip(gates.flatten(1, 2), options.places, strict=True)
+    return torch.stack([g.index_select(0, place) for g, place in rows]).view_as(gates)
 
 
-def _input_part(cell: str, x: Tensor, w: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The gates' input part with every bias that can be added outside, and the one that cannot."""
-    bias, b_hh, left = w["b_ih"], w["b_hh"], None
+def _biases(
+    cell: str, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Every bias that can be added outside the loop, [L, 1, G*H], and the one that cannot."""
+    left = None
+    if b_hh is not None and cell == "gru":
+        size = b_hh.shape[1] // 3
+        b_hh, left = F.pad(b_hh[:, : 2 * size], (0, size)), b_hh[:, None, 2 * size :]
+    bias = b_ih
     if b_hh is not None:
-        outside = b_hh
-        if cell == "gru":
-            size = b_hh.shape[0] // 3
-            outside, left = F.pad(b_hh[: 2 * size], (0, size)), b_hh[2 * size :]
-        bias = outside if bias is None else bias + outside
-    if cell != "lstm_layernorm":
-        return F.linear(x, w["w_ih"], bias), left
-    gates = F.linear(x, w["w_ih"])
-    return F.layer_norm(gates, gates.shape[-1:], w["weight_ln_ih"], bias, LAYER_NORM_EPS), left
+        bias = b_hh if b_ih is None else b_ih + b_hh
+    return None if bias is None else bias[:, None], left
+
+
+def _input_part(x: Tensor, w_ih_t: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """What the input gives to the gates: [L, N, I] to [L, N, G*H]."""
+    if gain is None:
+        return torch.bmm(x, w_ih_t) if bias is None else torch.baddbmm(bias, x, w_ih_t)
+    gates = torch.bmm(x, w_ih_t)
+    normed = F.layer_norm(gates, gates.shape[-1:], eps=LAYER_NORM_EPS)
+    return normed * gain if bias is None else torch.addcmul(bias, normed, gain)
 
 
 class Stepper:
@@ -512,37 +691,49 @@ class Stepper:
         zoneout: the part of a new state that the old one keeps.
     """
 
-    def __init__(self, cell: str, w: Mapping[str, Any], zoneout: float = 0.0) -> None:
+    def __init__(self, cell: str, w: Mapping[str, Tensor | None], zoneout: float = 0.0) -> None:
         spec = CELLS[cell]
-        short = {"weight_ih": "w_ih", "weight_hh": "w_hh", "weight_hr": "w_hr"}
-        short |= {"bias_ih": "b_ih", "bias_hh": "b_hh"}
-        self.cell = cell
-        self.w = {short.get(name, name): value for name, value in w.items()}
         self.update = 1 - zoneout
-        self.native = None
-        if spec.torch_name is not None and not zoneout and self.w["w_hr"] is None:
+        self.native: Callable[..., Any] | None = None
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        if spec.torch_name is not None and not zoneout and w.get("weight_hr") is None:
             self.native = getattr(torch, f"{spec.torch_name}_cell")
-        self.params = [self.w[name] for name in spec.parameters]
-        if self.native is None and cell != "gru" and self.w["b_hh"] is not None:
-            self.w["b_ih"], self.w["b_hh"] = self.w["b_ih"] + self.w["b_hh"], None
+            self.native_weights = [w[name] for name in names]
+            return
+        by_lane = {name: None if value is None else value[None] for name, value in w.items()}
+        w_ih, w_hh = cast(Tensor, by_lane["weight_ih"]), cast(Tensor, by_lane["weight_hh"])
+        params = [cast(Tensor, by_lane[name])[None] for name in spec.parameters]
+        bias, b_hn = _biases(cell, by_lane["bias_ih"], by_lane["bias_hh"])
+        self.cell, self.step, self.hidden = cell, STEPS[cell], w_ih.shape[1] // spec.gates
+        self.input = (w_ih.mT, bias, params[0] if cell == "lstm_layernorm" else None)
+        self.weights = Weights(w_hh, w_hh.mT, None, b_hn, params)
+        self.w_hr = by_lane.get("weight_hr")
+        self.memory: tuple[Gates, Gates, Tensor] | None = None
+
+    def _memory(self, batch: int) -> tuple[Gates, Gates, Tensor]:
+        if self.memory is None or len(self.memory[2][0]) != batch:
+            w_hh = self.weights.hh
+            options = Options(self.cell, None, [batch], None, [], None, None)
+            rows, scratch = w_hh.new_empty(2, 1, 1, batch, w_hh.shape[1])
+            kept = w_hh.new_empty(1, batch, self.step.apart * self.hidden)
+            self.memory = options.gates(rows)[0], options.gates(scratch)[0], kept
+        return self.memory
 
     def __call__(self, x: Tensor, state: Sequence[Tensor]) -> State:
         """From x_t [B, I] and the old state, h [B, P] and perhaps c [B, H], to the new one."""
-        w = self.w
         if self.native is not None:
-            old = state[0] if len(state) == 1 else state
-            new = self.native(x, old, w["w_ih"], w["w_hh"], w["b_ih"], w["b_hh"])
+            new = self.native(x, state[0] if len(state) == 1 else state, *self.native_weights)
             return new if isinstance(new, tuple) else (new,)
-        z, b_hn = _input_part(self.cell, x, w)
-        cell, hidden = STEPS[self.cell], z.shape[1] // CELLS[self.cell].gates
-        fresh = tuple(z.new_empty(len(z), hidden) for _ in state)
-        apart = z.new_empty(len(z), cell.apart * hidden)
-        cell.step(z, state[0], tuple(state), fresh, apart, Weights(w["w_hh"], b_hn, self.params))
-        if w["w_hr"] is not None:
-            fresh = (fresh[0] @ w["w_hr"].t(), *fresh[1:])
-        if self.update == 1:
-            return fresh
-        return tuple(torch.lerp(o, f, self.update) for o, f in zip(state, fresh, strict=True))
+        z, raw, kept = self._memory(len(x))
+        z.whole.copy_(_input_part(x[None], *self.input))
+        old = tuple(s[None] for s in state)
+        fresh = tuple(kept.new_empty(1, len(x), self.hidden) for _ in state)
+        self.step.step(raw, Step(z, kept, old[0], old), fresh, self.weights)
+        if self.w_hr is not None:
+            fresh = (fresh[0] @ self.w_hr.mT, *fresh[1:])
+        if self.update != 1:
+            fresh = tuple(torch.lerp(o, f, self.update) for o, f in zip(old, fresh, strict=True))
+        return tuple(f[0] for f in fresh)
 
 
 @untraced
@@ -569,69 +760,71 @@ def recurrence(
         x, w_ih, w_hh = x.float(), w_ih.float(), w_hh.float()
         b_ih, b_hh, w_hr = (None if v is None else v.float() for v in (b_ih, b_hh, w_hr))
         params, state = {k: v.float() for k, v in params.items()}, [s.float() for s in state]
-    steps, batch, directions = x.shape[0], x.shape[1], w_ih.shape[0]
-    counts, order = [batch] * steps, None
+    steps, batch, lanes = x.shape[0], x.shape[1], w_ih.shape[0]
+    counts, row = [batch] * steps, torch.arange(batch, device=x.device)
     if lengths is not None:
-        lengths, order = lengths.sort(descending=True, stable=True)
+        lengths, row = lengths.sort(descending=True, stable=True)
         times = torch.arange(steps, device=x.device)
         counts = (lengths > times[:, None]).sum(1).tolist()
-        x = x.index_select(1, order)
-        state = [s.index_select(1, order) for s in state]
-    masks, updates = _masks(x, state, order, recurrent_dropout, zoneout, training, seed)
-    named = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr, **params}
-    by_direction = {k: [None] * directions if v is None else v.unbind(0) for k, v in named.items()}
-    initial = list(zip(*(s.unbind(0) for s in state), strict=True))
-    outputs, finals = [], []
-    for d in range(directions):
-        w = {name: values[d] for name, values in by_direction.items()}
-        gates, b_hn = _input_part(cell, x, w)
-        mask = None if masks is None else masks[d]
-        update = [u if isinstance(u, float) else u[:, d] for u in updates]
-        y, *final = _Recurrence.apply(
-            Options(cell, d == 1, lengths, counts, mask, update),
-            gates,
-            w["w_hh"],
-            b_hn,
-            w["w_hr"],
-            len(state),
-            *initial[d],
-            *(w[name] for name in params),
-        )
-        outputs.append(y)
-        finals.append(final)
-    results = [torch.cat(outputs, -1), *(torch.stack(s) for s in zip(*finals, strict=True))]
-    if order is not None:
-        inverse = order.argsort()
-        results = [r.index_select(1, inverse) for r in results]
-    y, *final = (r.to(dtype) for r in results)
+        state = [s.index_select(1, row) for s in state]
+    orders = places = None
+    if lengths is not None or lanes > 1:
+        orders = _orders(steps, lanes, lengths, row)
+        places = orders.argsort(1)
+    masks, updates = _masks(x, state, row, orders, recurrent_dropout, zoneout, training, seed)
+    rows = x.flatten(0, 1)
+    rows = rows[None] if orders is None else _Lanes.apply(rows, orders, places)
+    by_lane = [params[name][:, None] for name in CELLS[cell].parameters]
+    bias, b_hn = _biases(cell, b_ih, b_hh)
+    gain = by_lane[0] if cell == "lstm_layernorm" else None
+    outside, inside = (None, bias) if STEPS[cell].adds_bias else (bias, None)
+    gates = _input_part(rows, w_ih.mT, outside, gain).unflatten(1, (steps, batch))
+    options = Options(cell, lengths, counts, masks, updates, orders, places)
+    y, *final = _Recurrence.apply(
+        options, gates, w_hh, inside, b_hn, w_hr, len(state), *state, *by_lane
+    )
+    if lengths is not None:
+        final = [s.index_select(1, row.argsort()) for s in final]
+    y, *final = (r.to(dtype) for r in (y, *final))
     return y, tuple(final)
+
+
+def _orders(steps: int, lanes: int, lengths: Tensor | None, row: Tensor) -> Tensor:
+    """For each row [T, B] of each lane, its place in the sequence; the second lane is turned."""
+    times = torch.arange(steps, device=row.device)[:, None]
+    last = steps - 1 if lengths is None else lengths - 1
+    turned = torch.where(times > last, times, last - times)
+    forwards = times.expand(steps, len(row))
+    by_lane = torch.stack([forwards, turned.expand_as(forwards)][:lanes])
+    return (by_lane * len(row) + row).flatten(1)
 
 
 def _masks(
     x: Tensor,
     state: Sequence[Tensor],
-    order: Tensor | None,
+    row: Tensor,
+    orders: Tensor | None,
     recurrent_dropout: float,
     zoneout: float,
     training: bool,
     seed: int,
 ) -> tuple[Tensor | None, list[Tensor | float]]:
-    """The scaled mask of recurrent dropout [D, B, P] and, for each state, what zoneout updates."""
-
-    def rows(mask: Tensor) -> Tensor:
-        mask = mask if order is None else mask.index_select(-2, order)
-        return mask.to(x.dtype)
-
+    """The scaled mask of recurrent dropout [L, B, P] and, for each state, what zoneout updates."""
     recurrent = None
+    steps, (lanes, batch, size) = x.shape[0], state[0].shape
     if training and recurrent_dropout > 0:
-        directions, batch, size = state[0].shape
-        kept = recurrent_mask(seed, recurrent_dropout, directions, batch, size, x.device)
-        recurrent = rows(kept) / (1 - recurrent_dropout)
+        kept = recurrent_mask(seed, recurrent_dropout, lanes, batch, size, x.device)
+        recurrent = kept.index_select(1, row).to(x.dtype) / (1 - recurrent_dropout)
     if not zoneout:
         return recurrent, []
     if not training:
         return recurrent, [1 - zoneout] * len(state)
-    times = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1, 1)
-    directions, batch, hidden = state[-1].shape
-    updates = zoneout_masks(seed, zoneout, times, directions, batch, hidden, x.device)
-    return recurrent, [rows(u[..., : s.shape[-1]]) for u, s in zip(updates, state, strict=False)]
+    times = torch.arange(steps, device=x.device).view(-1, 1, 1, 1)
+    updates = []
+    drawn = zoneout_masks(seed, zoneout, times, lanes, batch, state[-1].shape[-1], x.device)
+    for update, s in zip(drawn, state, strict=False):
+        by_lane = update[..., : s.shape[-1]].transpose(0, 1).to(x.dtype).flatten(1, 2)
+        if orders is not None:
+            by_lane = torch.stack([u[order] for u, order in zip(by_lane, orders, strict=True)])
+        updates.append(by_lane.unflatten(1, (steps, batch)))
+    return recurrent, updates

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_loop import product_grad, tanh_, tanh_grad, update_cell
+from ..torch_loop import product_grad, tanh_, tanh_grad
 from ..untraced import untraced
 from .spec import Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
 
@@ -67,6 +67,13 @@ class Sources:
             assert seen is not None
             hidden.addcmul_(seen[..., None], self.coverage)
         return tanh_(hidden)
+
+    def slope(self, run: Run, now: slice) -> tuple[Tensor, Tensor]:
+        """Tanh of the additive score at some steps, and its gradient by what is inside."""
+        seen = run.coverage[now] if len(run.coverage) else None
+        hidden = self.hidden(run.query[now], seen)
+        assert self.energy is not None
+        return hidden, tanh_grad(self.energy.expand_as(hidden), hidden)
 
     def attend(
         self, state: Tensor, query: Tensor, seen: Tensor, weights: Tensor, context: Tensor
@@ -124,8 +131,11 @@ class Run:
 
 def _lstm(z: Tensor, h: Tensor, c: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
     before, after, squashed = c
-    update_cell(z, before, out=after)
-    o = z[:, 3 * h.shape[1] :].sigmoid_()
+    i, f, g, o = z.chunk(4, 1)
+    g.mul_(2)
+    z.sigmoid_()
+    g.mul_(2).sub_(1)
+    torch.mul(f, before, out=after).addcmul_(i, g)
     torch.mul(o, tanh_(squashed.copy_(after)), out=out)
 
 
@@ -273,6 +283,40 @@ def unroll(
     return run
 
 
+def chunks(run: Run) -> Sequence[tuple[int, int]]:
+    """Steps [first, last) whose factors are computed together, the last ones first."""
+    steps, batch, source = run.weights.shape
+    numbers = batch * max(*(z.shape[2] for z in run.gates), source * run.query.shape[2])
+    size = max(1, CHUNK // max(1, numbers))
+    return [(max(0, last - size), last) for last in range(steps, 0, -size)]
+
+
+class AdditiveGrads:
+    """Gradients of an additive score's projected keys, v and w_c, summed up chunk by chunk."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.projected = torch.zeros_like(sources.projected)
+        self.energy, self.coverage = (
+            None if w is None else torch.zeros_like(w) for w in (sources.energy, sources.coverage)
+        )
+
+    def add(self, hidden: Tensor, slope: Tensor, score: Tensor, seen: Tensor) -> None:
+        """Add some steps; overwrites `slope`.
+
+        Args:
+            hidden: tanh of the scores [n, B, S, A].
+            slope: gradient of the scores by what is inside the tanh.
+            score: gradient of the scores [n, B, S].
+            seen: the coverage [n, B, S], with coverage.
+        """
+        assert self.energy is not None
+        self.energy.addmv_(hidden.flatten(0, 2).t(), score.flatten())
+        scaled = slope.mul_(score[..., None])
+        self.projected.add_(scaled.sum(0))
+        if self.coverage is not None:
+            self.coverage.addmv_(scaled.flatten(0, 2).t(), seen.flatten())
+
+
 class _Backward:
     """The reverse time loop over a `Run`, and the products around it.
 
@@ -312,10 +356,7 @@ class _Backward:
         self.query = torch.empty_like(run.query)
         self.feed = run.features.new_zeros(run.features.shape[1:])
         self.coverage = torch.zeros_like(run.weights[0])
-        self.projected = torch.zeros_like(sources.projected)
-        self.energy, self.coverage_weight = (
-            None if w is None else torch.zeros_like(w) for w in (sources.energy, sources.coverage)
-        )
+        self.additive = AdditiveGrads(sources)
         count = len(matrices)
         self.dh, self.dc = (
             [
@@ -325,18 +366,11 @@ class _Backward:
             for part in (final[:count], final[count:] or [None] * count)
         )
 
-    def chunks(self) -> Sequence[tuple[int, int]]:
-        """Steps [first, last) whose factors are computed together, the last ones first."""
-        steps, batch, source = self.run.weights.shape
-        numbers = batch * max(4 * max(self.sizes), source * self.run.query.shape[2])
-        size = max(1, CHUNK // max(1, numbers))
-        return [(max(0, last - size), last) for last in range(steps, 0, -size)]
-
     def loop(self) -> None:
         """All steps, from the last to the first."""
         run, factors_of = self.run, STEPS[self.problem.cell][1]
         queries = run.queries(self.problem)
-        for first, last in self.chunks():
+        for first, last in chunks(run):
             now = slice(first, last)
             cells = []
             for index, z in enumerate(run.gates):
@@ -346,20 +380,14 @@ class _Backward:
                 h = run.seen[index][now, :, self.fed[index] :]
                 factors = factors_of(z[now].unflatten(2, (4, -1)), h, c)
                 cells.append(list(zip(*(f.unbind(0) for f in factors), strict=True)))
-            slope = None if self.sources.energy is None else self._slope(now)
+            slope = hidden = None
+            if self.sources.energy is not None:
+                hidden, slope = self.sources.slope(run, now)
             scale = self._scale(now)
             for t in reversed(range(first, last)):
                 self._step(t, queries[t], cells, scale, slope, t - first)
-            if slope is not None:
-                self._additive(now, slope)
-
-    def _slope(self, now: slice) -> Tensor:
-        """Gradient [n, B, S, A] of the additive scores by W_q q; that of v is in `_additive`."""
-        seen = self.run.coverage[now] if len(self.run.coverage) else None
-        hidden = self.sources.hidden(self.run.query[now], seen)
-        self.hidden = hidden
-        assert self.sources.energy is not None
-        return tanh_grad(self.sources.energy.expand_as(hidden), hidden)
+            if hidden is not None and slope is not None:
+                self.additive.add(hidden, slope, self.score[now], run.coverage[now])
 
     def _scale(self, now: slice) -> Tensor:
         """Factor of the features' gradient: of tanh, and of dropout."""
@@ -431,31 +459,38 @@ class _Backward:
             if sources.coverage is not None:
                 self.coverage.addcmul_(score, slope @ sources.coverage)
 
-    def _additive(self, now: slice, slope: Tensor) -> None:
-        """The additive score's part in the gradients of projected keys, v and w_c."""
-        score = self.score[now]
-        assert self.energy is not None
-        self.energy.addmv_(self.hidden.flatten(0, 2).t(), score.flatten())
-        scaled = slope.mul_(score[..., None])
-        self.projected.add_(scaled.sum(0))
-        if self.coverage_weight is not None:
-            seen = self.run.coverage[now]
-            self.coverage_weight.addmv_(scaled.flatten(0, 2).t(), seen.flatten())
 
-    def sources_grads(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of keys, projected keys, W_q, v and w_c: products over all steps."""
-        run, queries = self.run, self.run.queries(self.problem)
-        context = self.joined[..., : self.width].transpose(0, 1)
-        keys = torch.bmm(run.weights.permute(1, 2, 0), context)
-        if self.sources.energy is not None:
-            query = product_grad(self.query, queries)
-            return keys, self.projected, query, self.energy, self.coverage_weight
-        projected = torch.bmm(self.score.permute(1, 2, 0), queries.transpose(0, 1))
-        coverage = None
-        if self.sources.coverage is not None:
-            seen = (self.score * run.coverage[:-1]).sum(-1)
-            coverage = queries.flatten(0, 1).t() @ seen.flatten()
-        return keys, projected, None, None, coverage
+def source_grads(
+    problem: Problem,
+    run: Run,
+    sources: Sources,
+    context: Tensor,
+    score: Tensor,
+    query: Tensor,
+    additive: AdditiveGrads,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of keys, projected keys, W_q, v and w_c: products over all steps.
+
+    Args:
+        problem: which decoder.
+        run: the forward pass.
+        sources: what was attended to.
+        context: gradient of the contexts [T, B, K].
+        score: of the scores [T, B, S].
+        query: of W_q q [T, B, A].
+        additive: of what an additive score alone has.
+    """
+    queries = run.queries(problem)
+    keys = torch.bmm(run.weights.permute(1, 2, 0), context.transpose(0, 1))
+    if sources.energy is not None:
+        d_query = product_grad(query, queries)
+        return keys, additive.projected, d_query, additive.energy, additive.coverage
+    projected = torch.bmm(score.permute(1, 2, 0), queries.transpose(0, 1))
+    coverage = None
+    if sources.coverage is not None:
+        seen = (score * run.coverage[:-1]).sum(-1)
+        coverage = queries.flatten(0, 1).t() @ seen.flatten().to(queries.dtype)
+    return keys, projected, None, None, coverage
 
 
 class _Decoder(torch.autograd.Function):
@@ -527,7 +562,15 @@ class _Decoder(torch.autograd.Function):
         return (
             *(None,) * 6,
             d_gates[0],
-            *back.sources_grads(),
+            *source_grads(
+                ctx.problem,
+                run,
+                sources,
+                back.joined[..., : back.width],
+                back.score,
+                back.query,
+                back.additive,
+            ),
             d_combine,
             back.feed if ctx.given[0] else None,
             back.coverage if ctx.given[1] else None,
