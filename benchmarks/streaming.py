@@ -1,4 +1,4 @@
-"""One step at a time on a CPU, batch 1: `layer.stream()` against torch.nn's cells."""
+"""One step at a time at batch 1: `layer.stream()` against torch.nn's cells, on a CPU and a GPU."""
 
 from __future__ import annotations
 
@@ -16,47 +16,66 @@ SIZES = (128, 256, 512, 1024)
 STEPS, ROUNDS = 20, 41
 
 
-def _cell(cell: nn.Module, size: int) -> Callable[[], None]:
-    state = None
-    x = torch.randn(1, size)
+def _timed(step: Callable[[], object], device: str) -> Callable[[], None]:
+    """Some steps; on a GPU until it has done them."""
+
+    def run() -> None:
+        for _ in range(STEPS):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _cell(cell: nn.Module, size: int, device: str) -> Callable[[], None]:
+    cell, state, x = cell.to(device), None, torch.randn(1, size, device=device)
 
     @torch.no_grad()
-    def run() -> None:
+    def step() -> None:
         nonlocal state
-        for _ in range(STEPS):
-            state = cell(x, state)
+        state = cell(x, state)
 
-    return run
+    return _timed(step, device)
 
 
-def _stream(layer: fusedrnn.LSTM | fusedrnn.GRU, size: int) -> Callable[[], None]:
-    stream, x = layer.stream(), torch.randn(1, size)
+def _stream(layer: fusedrnn.LSTM | fusedrnn.GRU, size: int, device: str) -> Callable[[], None]:
+    stream, x = layer.to(device).stream(), torch.randn(1, size, device=device)
+    return _timed(partial(stream, x), device)
 
-    def run() -> None:
-        for _ in range(STEPS):
-            stream(x)
 
-    return run
+def _cases(device: str) -> Iterator[Case]:
+    torch.manual_seed(0)
+    for size in SIZES:
+        both, lstm, gru = (size, size), fusedrnn.LSTM, fusedrnn.GRU
+        for baseline, layers in (
+            (
+                nn.LSTMCell(*both),
+                {
+                    "LSTM": lstm(*both),
+                    "LSTM peephole": lstm(*both, peephole=True),
+                    "LSTM layer_norm": lstm(*both, layer_norm=True),
+                },
+            ),
+            (
+                nn.GRUCell(*both),
+                {"GRU": gru(*both), "GRU reset_before": gru(*both, reset_after=False)},
+            ),
+        ):
+            name = f"nn.{type(baseline).__name__}"
+            candidates = {name: _cell(baseline, size, device)}
+            candidates |= {n: _stream(layer, size, device) for n, layer in layers.items()}
+            key = {"hidden_size": size, "baseline": name}
+            yield key, partial(interleave, candidates, ROUNDS)
 
 
 @benchmark(spread("ratio", "name", "hidden_size"))
 def streaming() -> Iterator[Case]:
     """Compare 20 steps of each layer with those of the nearest cell of torch.nn."""
-    torch.manual_seed(0)
-    for size in SIZES:
-        both = (size, size)
-        for candidates in (
-            {
-                "nn.LSTMCell": _cell(nn.LSTMCell(*both), size),
-                "LSTM": _stream(fusedrnn.LSTM(*both), size),
-                "LSTM peephole": _stream(fusedrnn.LSTM(*both, peephole=True), size),
-                "LSTM layer_norm": _stream(fusedrnn.LSTM(*both, layer_norm=True), size),
-            },
-            {
-                "nn.GRUCell": _cell(nn.GRUCell(*both), size),
-                "GRU": _stream(fusedrnn.GRU(*both), size),
-                "GRU reset_before": _stream(fusedrnn.GRU(*both, reset_after=False), size),
-            },
-        ):
-            key = {"hidden_size": size, "baseline": next(iter(candidates))}
-            yield key, partial(interleave, candidates, ROUNDS)
+    yield from _cases("cpu")
+
+
+@benchmark(spread("ratio", "name", "hidden_size"), gpu=True)
+def streaming_gpu() -> Iterator[Case]:
+    """Compare them on a GPU, where a stream replays a CUDA graph."""
+    yield from _cases("cuda")

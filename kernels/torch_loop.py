@@ -681,61 +681,6 @@ def _input_part(x: Tensor, w_ih_t: Tensor, bias: Tensor | None, gain: Tensor | N
     return normed * gain if bias is None else torch.addcmul(bias, normed, gain)
 
 
-class Stepper:
-    """One direction without gradients, a step at a call, as outside training.
-
-    Args:
-        cell: name in `kernels.CELLS`.
-        w: `weight_ih` [G*H, I], `weight_hh` [G*H, P], `bias_ih`, `bias_hh` [G*H] or None,
-            `weight_hr` [P, H] or None, and the cell's parameters by name.
-        zoneout: the part of a new state that the old one keeps.
-    """
-
-    def __init__(self, cell: str, w: Mapping[str, Tensor | None], zoneout: float = 0.0) -> None:
-        spec = CELLS[cell]
-        self.update = 1 - zoneout
-        self.native: Callable[..., Any] | None = None
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        if spec.torch_name is not None and not zoneout and w.get("weight_hr") is None:
-            self.native = getattr(torch, f"{spec.torch_name}_cell")
-            self.native_weights = [w[name] for name in names]
-            return
-        by_lane = {name: None if value is None else value[None] for name, value in w.items()}
-        w_ih, w_hh = cast(Tensor, by_lane["weight_ih"]), cast(Tensor, by_lane["weight_hh"])
-        params = [cast(Tensor, by_lane[name])[None] for name in spec.parameters]
-        bias, b_hn = _biases(cell, by_lane["bias_ih"], by_lane["bias_hh"])
-        self.cell, self.step, self.hidden = cell, STEPS[cell], w_ih.shape[1] // spec.gates
-        self.input = (w_ih.mT, bias, params[0] if cell == "lstm_layernorm" else None)
-        self.weights = Weights(w_hh, w_hh.mT, None, b_hn, params)
-        self.w_hr = by_lane.get("weight_hr")
-        self.memory: tuple[Gates, Gates, Tensor] | None = None
-
-    def _memory(self, batch: int) -> tuple[Gates, Gates, Tensor]:
-        if self.memory is None or len(self.memory[2][0]) != batch:
-            w_hh = self.weights.hh
-            options = Options(self.cell, None, [batch], None, [], None, None)
-            rows, scratch = w_hh.new_empty(2, 1, 1, batch, w_hh.shape[1])
-            kept = w_hh.new_empty(1, batch, self.step.apart * self.hidden)
-            self.memory = options.gates(rows)[0], options.gates(scratch)[0], kept
-        return self.memory
-
-    def __call__(self, x: Tensor, state: Sequence[Tensor]) -> State:
-        """From x_t [B, I] and the old state, h [B, P] and perhaps c [B, H], to the new one."""
-        if self.native is not None:
-            new = self.native(x, state[0] if len(state) == 1 else state, *self.native_weights)
-            return new if isinstance(new, tuple) else (new,)
-        z, raw, kept = self._memory(len(x))
-        z.whole.copy_(_input_part(x[None], *self.input))
-        old = tuple(s[None] for s in state)
-        fresh = tuple(kept.new_empty(1, len(x), self.hidden) for _ in state)
-        self.step.step(raw, Step(z, kept, old[0], old), fresh, self.weights)
-        if self.w_hr is not None:
-            fresh = (fresh[0] @ self.w_hr.mT, *fresh[1:])
-        if self.update != 1:
-            fresh = tuple(torch.lerp(o, f, self.update) for o, f in zip(old, fresh, strict=True))
-        return tuple(f[0] for f in fresh)
-
-
 @untraced
 def recurrence(
     cell: str,

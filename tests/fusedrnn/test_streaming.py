@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import fusedrnn
+from fusedrnn import streaming
 from fusedrnn.stack import LAYERS
 
 I, H = 3, 4  # noqa: E741
@@ -113,3 +114,92 @@ def test_bad_arguments():
         layer.stream((torch.zeros(2, 2, H), torch.zeros(2, 2, H)))
     with pytest.raises(ValueError, match="states must have one entry per layer, 2, got 1"):
         fusedrnn.RecurrentStack(I, [H, H]).stream([None])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_steps_keep_their_memory(name):
+    """What a CUDA graph of a step reads and writes stays where it is."""
+    module = build(name)
+    stream = module.stream()
+    y = stream(torch.randn(2, I))
+    kept = y.clone()
+    streams = getattr(stream, "_streams", [stream])
+    places = [[t.data_ptr() for s in it._steppers for t in s.state] for it in streams]
+    stream(torch.randn(2, I))
+    assert [[t.data_ptr() for s in it._steppers for t in s.state] for it in streams] == places
+    assert torch.equal(y, kept)
+
+
+def test_given_states_stay_as_they_are():
+    for name in ("lstm", "gru", "stack"):
+        module = build(name)
+        state = module(torch.randn(3, 2, I))[1]
+        before = pytree.tree_map(torch.clone, state)
+        stream = module.stream(state)
+        stream(torch.randn(2, I))
+        stream(torch.randn(2, I))
+        assert_same(state, before, rtol=0, atol=0)
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without(monkeypatch):
+    def refuse(step, x):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(streaming, "Captured", refuse)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("lstm", "stack"):
+        module, x = build(name), torch.randn(4, 2, I)
+        stream = module.stream()
+        with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted$"):
+            streamed = torch.stack([stream(x_t.as_subclass(OnGpu)) for x_t in x])
+        assert_same(streamed.as_subclass(torch.Tensor), module(x)[0].detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("batch", [0, 1, 3], ids=["unbatched", "one", "three"])
+def test_replays_a_graph_on_a_gpu(name, batch):
+    module = build(name)
+    x = torch.randn(6, batch, I) if batch else torch.randn(6, I)
+    expected, final = module(x)
+    module.cuda()
+    stream = module.stream()
+    outputs = [stream(x_t) for x_t in x.cuda()]
+    assert isinstance(stream._advance, streaming.Captured)
+    assert_same(torch.stack(outputs).cpu(), expected.detach(), rtol=0, atol=1e-5)
+    assert_same(
+        pytree.tree_map(lambda s: s.detach().cpu(), stream.state),
+        pytree.tree_map(torch.Tensor.detach, final),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.gpu
+def test_steps_of_another_kind_between_replays():
+    """Another dtype takes the step itself, on the same state."""
+    module = fusedrnn.RecurrentStack(I, [H, H]).cuda()
+    x = torch.randn(6, 2, I, device="cuda")
+    expected = module(x)[0]
+    stream = module.stream()
+    outputs = []
+    for t, x_t in enumerate(x):
+        outputs.append(stream(x_t.double() if t == 3 else x_t).float())
+    assert_same(torch.stack(outputs), expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_inside_another_capture_a_step_is_part_of_it():
+    layer = build("lstm").cuda()
+    x = torch.randn(2, I, device="cuda")
+    stream = layer.stream()
+    stream(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream(x)
+    graph.replay()
+    expected = layer(x.expand(2, 2, I))[1]
+    assert_same(stream.state, pytree.tree_map(torch.Tensor.detach, expected), rtol=0, atol=1e-5)
