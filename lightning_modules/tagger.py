@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lightning_modules.base import Task
@@ -374,7 +374,8 @@ class Scores(nn.Module):
         super().__init__()
         self.tags = task.tags.symbols
         classes = len(self.tags) + 1
-        self.loss = MeanMetric().set_dtype(torch.float64)
+        self.loss = SumMetric().set_dtype(torch.float64)
+        self.counted = SumMetric().set_dtype(torch.float64)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORED)
         self.spans = None if task.scheme is None else SpanF1(task.labels)
@@ -398,7 +399,8 @@ class Scores(nn.Module):
             names: the names of the gold tags.
             predicted: the names of the predicted tags.
         """
-        self.loss.update(total.double() / count.clamp(min=1), count)
+        self.loss.update(total)
+        self.counted.update(count)
         past = paths < 0
         gold = torch.where(tags < 0, len(self.tags), tags).masked_fill(past, IGNORED)
         paths = paths.masked_fill(past, 0)
@@ -408,8 +410,14 @@ class Scores(nn.Module):
             self.spans.update(predicted, names)
 
     def compute(self) -> tuple[dict[str, Tensor], list[list[Any]], Tensor]:
-        """Return the scores by name, the table of labels, and the confusion matrix."""
-        values = {"loss": self.loss.compute(), "accuracy": self.accuracy.compute()}
+        """Return the scores by name, the table of labels, and the confusion matrix.
+
+        There is no loss where no sentence has a likelihood, for a tag that training has not seen.
+        """
+        values = {"accuracy": self.accuracy.compute()}
+        counted = self.counted.compute()
+        if counted > 0:
+            values = {"loss": self.loss.compute() / counted} | values
         confusion = self.confusion.compute()
         if self.spans is None:
             names = [*self.tags, UNSEEN]
@@ -424,7 +432,7 @@ class Scores(nn.Module):
 
     def reset(self) -> None:
         """Start to count anew."""
-        for metric in (self.loss, self.accuracy, self.confusion, self.spans):
+        for metric in (self.loss, self.counted, self.accuracy, self.confusion, self.spans):
             if metric is not None:
                 metric.reset()
 

@@ -200,6 +200,18 @@ def test_tags_unseen_in_training_count_as_errors(
     assert 0 < scores["val/loss"] < 10
 
 
+def test_without_a_likelihood_there_is_no_loss(
+    trained: tuple[Tagger, Path], data: TaggingData, tmp_path: Path
+) -> None:
+    tagger, folder = trained
+    (tmp_path / "val").write_text("we\tO\nRome\tB-LOC\n\nLima\tB-LOC\n")
+    other = TaggingData(train="absent", val=str(tmp_path / "val"), scheme="BIO")
+    other.codec = data.codec
+    (scores,) = trainer(folder / "validate").validate(tagger, other, verbose=False)
+    assert "val/loss" not in scores
+    assert scores["val/recall"] == 0
+
+
 def test_vectors_keep_unseen_words_apart_at_prediction(tmp_path: Path) -> None:
     """Words that only the vector file knows are tagged by their vectors, also after loading."""
     (tmp_path / "train").write_text("red\tCOLOUR\n\ntwo\tNUMBER\n\n" * 20)
