@@ -88,6 +88,89 @@ def test_agrees_with_enumeration(
         torch.testing.assert_close(likelihood[0], scores[found] - log_z)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    scheme=st.sampled_from([None, "BIO", "IOB1", "BIOES"]),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    n=st.sampled_from([1, 2, 5, 40]),
+    seed=st.integers(0, 1000),
+)
+def test_n_best_agrees_with_enumeration(
+    scheme: str | None, lengths: list[int], n: int, seed: int
+) -> None:
+    crf = make(scheme=scheme, seed=seed)
+    emissions = torch.randn(len(lengths), max(lengths), crf.num_tags, dtype=torch.float64)
+    paths, found = crf.n_best(emissions, n, torch.tensor(lengths))
+    assert paths.shape == (len(lengths), n, max(lengths))
+    for row, length in enumerate(lengths):
+        scores = enumerate_paths(crf, emissions[row, :length])
+        best = sorted(scores, key=scores.__getitem__, reverse=True)[:n]
+        assert [tuple(path[:length].tolist()) for path in paths[row, : len(best)]] == best
+        expected = [scores[path] for path in best] + [-math.inf] * (n - len(best))
+        assert found[row].tolist() == pytest.approx(expected)
+        assert (paths[row, len(best) :] == PADDING).all()
+        assert (paths[row, :, length:] == PADDING).all()
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, True])
+def test_bad_n(n: int) -> None:
+    with pytest.raises(ValueError, match="n must be an integer of at least 1"):
+        make().n_best(torch.zeros(1, 2, 3), n)
+
+
+@pytest.mark.parametrize("scheme", [None, "BIO", "IOB1", "BIOES"])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0, 200.0])
+def test_products_of_exponentials_agree_with_logsumexp(
+    scheme: str | None, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the products are taken; at the largest scale they are not."""
+    crf = make(scheme=scheme)
+    emissions = scale * torch.rand(4, 60, crf.num_tags, dtype=torch.float64)
+    lengths = torch.tensor([60, 1, 33, 2])
+    taken = []
+    real = chain.factors
+    monkeypatch.setattr(chain, "factors", lambda *rest: taken.append(real(*rest)) or taken[-1])
+
+    def run() -> list[Tensor]:
+        leaves = [emissions.clone().requires_grad_(), *crf.parameters()]
+        weights = torch.tensor([1.0, -2, 3, 0.5], dtype=torch.float64)
+        value = crf.log_partition(leaves[0], lengths)
+        gradients = torch.autograd.grad((value * weights).sum(), leaves)
+        return [value.detach(), crf.marginals(leaves[0], lengths), *gradients]
+
+    actual = run()
+    assert all((given is None) == (scale == 200) for given in taken)
+    monkeypatch.setattr(chain, "factors", lambda *_: None)
+    for first, second in zip(actual, run(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
+
+
+def test_a_tag_that_the_emissions_forbid() -> None:
+    crf = make(4)
+    emissions = torch.randn(2, 5, 4, dtype=torch.float64)
+    emissions[0, 2, 1] = -math.inf
+    marginals = crf.marginals(emissions)
+    assert marginals.isfinite().all()
+    assert marginals[0, 2, 1] == 0
+    forbidden = emissions.clone()
+    forbidden[0, 2, 1] = -1000.0
+    torch.testing.assert_close(marginals, crf.marginals(forbidden))
+    assert 1 not in crf.n_best(emissions, 5)[0][0, :, 2]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of log(0) in Triton's interpreter
+def test_backend() -> None:
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
+        CRF(3, backend="cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    emissions = torch.randn(2, 3, 4, device=device)
+    crf = CRF(4, backend="triton").to(device)
+    plain = CRF(4, backend="torch").to(device)
+    plain.load_state_dict(crf.state_dict())
+    torch.testing.assert_close(crf.log_partition(emissions), plain.log_partition(emissions))
+    assert torch.equal(crf.decode(emissions)[0], plain.decode(emissions)[0])
+
+
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_agrees_with_pytorch_crf(scale: float) -> None:
     crf, theirs = make(7, scale=scale), torchcrf.CRF(7, batch_first=True).double()

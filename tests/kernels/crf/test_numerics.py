@@ -157,3 +157,10 @@ def test_what_the_kernels_do_not_take(changes, n, expected):
         crf.n_best(emissions, *scores, n=n, backend="triton")
     paths, _ = crf.n_best(emissions, *scores, n=n)
     assert paths.shape[1] == n
+
+
+def test_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(ops, "interpreted", lambda _: False)
+    emissions, *scores = (value.cpu() for value in arguments(random_problem())[:5])
+    with pytest.raises(ValueError, match="backend='triton' needs CUDA tensors, got emissions on"):
+        crf.n_best(emissions, *scores, n=1, backend="triton")
