@@ -22,7 +22,7 @@ from lightning_modules.data.pairs import PairBatch, PairCodec
 from lightning_modules.data.speech import SpeechCodec
 from lightning_modules.reporting import log_figure, log_table
 from lightning_modules.search import Hypotheses, SearchOptions, ensemble
-from lightning_modules.seq2seq_model import Seq2SeqModel
+from lightning_modules.seq2seq_model import Seq2SeqModel, rename
 from lightning_modules.text_metrics import SacreBLEU, SymbolErrorRate, WordErrorRate
 
 __all__ = ["Seq2Seq", "SpeechToText"]
@@ -87,6 +87,10 @@ class Seq2Seq(Task):
         max_length_extra: ... plus this many.
         backend: of the recurrent layers.
         source_stride: frames of a recording that become one step of the encoder.
+        feedback: what of the attention enters the decoder cell: `none`; `features`, which is
+            `input_feeding`; or `context`, before the step (Bahdanau et al., 2014).
+        coverage: whether the attention sees how much it has looked at each source symbol before
+            (See et al., 2017), so as to leave nothing out and repeat nothing.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate scheduler from the optimizer.
 
@@ -116,6 +120,8 @@ class Seq2Seq(Task):
         max_length_extra: int = 10,
         backend: str = "auto",
         source_stride: int = 1,
+        feedback: Literal["none", "features", "context"] = "none",
+        coverage: bool = False,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -131,6 +137,8 @@ class Seq2Seq(Task):
             "dropout": dropout,
             "backend": backend,
             "source_stride": source_stride,
+            "feedback": feedback,
+            "coverage": coverage,
         }
         training: dict[str, Any] = {
             "label_smoothing": label_smoothing,
@@ -177,6 +185,12 @@ class Seq2Seq(Task):
             if not lowercase:
                 scores["bleu_lowercase"] = SacreBLEU(lowercase=True)
         return nn.ModuleDict(scores)
+
+    def check(self, checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> None:
+        """Checks a checkpoint, one from before the decoder was one module too."""
+        if isinstance(checkpoint.get("state_dict"), dict):
+            rename(self.model, checkpoint["state_dict"], "model.")
+        super().check(checkpoint, path)
 
     def _scores(self, stage: str) -> dict[str, Any]:
         return cast(dict[str, Any], self.scores[stage])

@@ -267,7 +267,7 @@ class Seq2SeqModel(nn.Module):
         if tied_embeddings:
             nn.init.normal_(self.target_embedding.weight, std=embedding_size**-0.5)
             self.output.weight = self.target_embedding.weight
-        self.register_load_state_dict_pre_hook(_rename)
+        self.register_load_state_dict_pre_hook(rename)
 
     @property
     def attention(self) -> Attention | None:
@@ -364,7 +364,7 @@ class Seq2SeqModel(nn.Module):
         ), state
 
 
-def _rename(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+def rename(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take weights from before the decoder became one module."""
     for old, new in (
         ("decoder.layers.", "decoder.stack.layers."),

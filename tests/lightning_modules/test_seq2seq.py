@@ -175,6 +175,24 @@ def test_checkpoint_needs_nothing_else(fitted):
         Seq2Seq.load_from_checkpoint(folder / "foreign.ckpt")
 
 
+def test_checkpoints_from_before_the_decoder_was_one_module_load(fitted, tmp_path):
+    """Their weights have other names, and their arguments and codec lack what came later."""
+    model, data, _, folder = fitted
+    checkpoint = torch.load(folder / "model.ckpt", weights_only=True)
+    for new, old in (("decoder.stack.", "decoder."), ("decoder.a", "a"), ("decoder.c", "c")):
+        for name in [n for n in checkpoint["state_dict"] if n.startswith(f"model.{new}")]:
+            weight = checkpoint["state_dict"].pop(name)
+            checkpoint["state_dict"][name.replace(f"model.{new}", f"model.{old}")] = weight
+    assert any(name.startswith("model.attention.") for name in checkpoint["state_dict"])
+    for name in ("source_stride", "feedback", "coverage"):
+        del checkpoint["fusedrnn"]["arguments"][name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    words = [word for word, _ in data.pairs("test")]
+    assert Seq2Seq.load_from_checkpoint(tmp_path / "old.ckpt").translate(words) == model.translate(
+        words
+    )
+
+
 def test_arguments_round_trip(fitted):
     model, data, _, _ = fitted
     again = Seq2Seq(PairCodec.from_dict(data.codec.to_dict()), **model.arguments)
@@ -421,8 +439,9 @@ def test_alignments_have_a_row_per_symbol(fitted):
         {"attention": "none", "cell": "gru"},
         {"attention": "additive", "input_feeding": True, "decoder_sizes": [8, 8]},
         {"sampling_probability": 0.5, "sampling_steps": 4, "tied_embeddings": True},
+        {"attention": "additive", "coverage": True, "feedback": "context"},
     ],
-    ids=["plain", "input-feeding", "sampling"],
+    ids=["plain", "input-feeding", "sampling", "coverage"],
 )
 def test_every_variant_trains_and_translates(files, tmp_path, arguments):
     data = make_data(files)
