@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,15 +44,16 @@ def decode(
         coverage: [B, S], attention given before the first step; None: zeros.
         masks: dropout; None: none.
         sampling: scheduled sampling; None: teacher forcing.
-        backend: "auto", "torch" (one autograd function, the backward through time written out) or
-            "reference" (plain steps, differentiable more than once). Results have x's dtype, or
-            autocast's; "torch" computes in at least float32.
+        backend: "torch" (one autograd function, the backward through time written out), "triton"
+            (the time loop as one kernel; one layer, no scheduled sampling), "reference" (plain
+            steps, differentiable more than once), or "auto": triton on a GPU for what it has,
+            torch for everything else. Results have x's dtype, or autocast's.
 
     Returns:
         Everything a step computes, for all steps.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: an argument does not fit, or the backend cannot compute it; it is named.
     """
     _check(problem, x, keys, projected, lengths, weights, states)
     inside, outside = precision(x)
@@ -70,7 +72,7 @@ def decode(
         sampling = sampling._replace(
             embed=embed_inside, logits=logits_inside, mask=_cast(sampling.mask, inside)
         )
-    run = {"torch": torch_loop.decode, "reference": reference.decode}[_backend(backend, x)]
+    run = _implementation(backend, x, weights, sampling)
     with without_autocast(x):
         tensors = (x, keys, projected, weights, [*states], feed, coverage, masks)
         x, keys, projected, weights, states, feed, coverage, masks = _cast(tensors, inside)
@@ -80,11 +82,21 @@ def decode(
         return _cast(found, outside)
 
 
-def _backend(backend: str, x: Tensor) -> str:
+def _implementation(
+    backend: str, x: Tensor, weights: DecoderWeights, sampling: Sampling | None
+) -> Callable[..., Decoded]:
     chosen = choose_backend(backend, x)
-    if chosen == "triton" and backend == "auto":
-        return "torch"
-    return chosen
+    if backend == "auto" and (len(weights.layers) > 1 or sampling is not None):
+        chosen = "torch"
+    if chosen == "torch":
+        return torch_loop.decode
+    if chosen == "reference":
+        return reference.decode
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("backend='triton' needs the package triton, which is not installed")
+    from . import ops
+
+    return ops.decode
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attention import Decoded, DecoderWeights, LayerWeights, Masks, Problem
+from kernels.attention import Decoded, DecoderWeights, LayerWeights, Masks, Problem, reference
+from tests.kernels.triton_cases import relative_error
 
 KINDS = ("product", "additive")
 
@@ -37,7 +38,7 @@ class Case(NamedTuple):
         tensors = (v("x"), v("keys"), v("projected"), self.lengths, weights, states)
         return (self.problem, *tensors, v("feed"), v("coverage"), self.masks)
 
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
         """The same values in another dtype or elsewhere, as leaves."""
         leaves = {
             k: t.detach().to(device, dtype).requires_grad_(t.requires_grad)
@@ -144,3 +145,21 @@ def outputs_and_gradients(
     for (name, leaf), grad in zip(wanted.items(), grads, strict=True):
         found[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return found
+
+
+def assert_accurate(run: Callable[..., Decoded], case: Case) -> None:
+    """Every result and gradient errs at most twice as much as plain steps in the same dtype do.
+
+    The errors, against float64 on the same rounded inputs, and the budget are those of
+    `triton_cases.assert_accurate`; an additive score has one more tanh for each of its A elements.
+    """
+    device, dtype = case.leaves["x"].device, case.leaves["x"].dtype
+    exact = outputs_and_gradients(reference.decode, case.to(torch.float64, device))
+    plain = outputs_and_gradients(reference.decode, case)
+    actual = outputs_and_gradients(run, case)
+    worst = max(relative_error(plain[name], value) for name, value in exact.items())
+    budget = 2 * worst + torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    for name, value in exact.items():
+        assert actual[name].dtype == dtype, name
+        error = relative_error(actual[name], value)
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"

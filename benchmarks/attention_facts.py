@@ -1,0 +1,115 @@
+"""Compile the attention decoder's kernels without a GPU, and write down what came out.
+
+    python -m benchmarks.attention_facts [--capabilities 80 90 100] [--hidden 256 ...]
+
+As compile_facts.py does for the recurrent kernels; rows go to attention_facts.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.runtime import driver
+
+from kernels.attention import FEEDBACKS, launch
+from kernels.persistent.launch import interpreted
+
+from .compile_facts import DEVICES, DTYPES, Row, _Driver, facts
+
+RESULT = Path(__file__).parent / "results" / "attention_facts.csv"
+VARIANTS = (
+    ("lstm", "features", "additive", True),
+    ("lstm", "context", "additive", False),
+    ("lstm", "features", "product", False),
+    ("gru", "features", "product", True),
+    ("gru", "context", "additive", True),
+)
+"""Cell, feedback, kind of score, coverage."""
+
+
+def inputs(
+    cell: str, feedback: str, kind: str, coverage: bool, size: int, dtype: torch.dtype
+) -> launch.Inputs:
+    """Tensors of a decoder whose sizes are all the same, with lengths and dropout."""
+    steps, batch, source = 2, launch.ROWS, 7
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    width = size if feedback == "none" else 2 * size
+    additive = kind == "additive"
+    return launch.Inputs(
+        new(steps, batch, 4 * size),
+        new(4 * size, width),
+        new(batch, source, size),
+        new(batch, source, size),
+        new(size, size) if additive else None,
+        new(size) if additive else None,
+        new(size) if coverage else None,
+        new(size, 2 * size),
+        new(steps, batch, size),
+        torch.ones(batch, dtype=torch.int64),
+        cell == "lstm",
+        FEEDBACKS.index(feedback),
+    )
+
+
+def compile_both(x: launch.Inputs) -> dict[str, Row]:
+    """Facts of both kernels for these inputs, from calls of their launchers."""
+    found: list[Row] = []
+    plan = SimpleNamespace(warps=launch.WARPS, slices=1)
+
+    def dispatch(kernel: object, grid: tuple[int], **arguments: object) -> None:
+        found.append(facts(kernel, grid, plan, **arguments))  # type: ignore[arg-type]
+
+    state = x.gates.new_zeros(x.gates.shape[1], x.matrix.shape[0] // 4)
+    real, launch.dispatch = launch.dispatch, dispatch
+    try:
+        kept = launch.run_forward(x, state, state if x.lstm else None, None, None)
+        launch.run_backward(
+            x, kept, kept.features, kept.joined.float(), kept.weights, state,
+            state.float() if x.lstm else None,
+        )  # fmt: skip
+    finally:
+        launch.dispatch = real
+    return dict(zip(("forward", "backward"), found, strict=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compile everything asked for and replace the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--hidden", nargs="+", type=int, default=[256])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    if interpreted(launch.forward_kernel):
+        parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    rows: list[Row] = []
+    grid = itertools.product(options.capabilities, options.dtypes, options.hidden, VARIANTS)
+    before = torch.backends.cuda.matmul.fp32_precision
+    for capability, name, size, variant in grid:
+        driver.set_active(_Driver(capability))
+        dtype, precision = DTYPES[name]
+        torch.backends.cuda.matmul.fp32_precision = precision
+        for what, row in compile_both(inputs(*variant, size, dtype)).items():
+            key = dict(zip(("cell", "feedback", "score", "coverage"), variant, strict=True))
+            where = {"triton": triton.__version__, "capability": capability, "dtype": name}
+            del row["weights_reloaded"], row["cooperative"]
+            rows.append({**where, **key, "pass": what, "size": size, **row})
+            print(*rows[-1].values(), flush=True)
+    torch.backends.cuda.matmul.fp32_precision = before
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The decoder's forward time loop as one Triton kernel: a program per tile of batch rows.
+
+States stay with their program for all steps: nothing is launched and nobody is waited for between
+them. What bounds it: every program streams all weights of the loop, 4H (N + H) + F (K + Q) numbers,
+from the L2 cache at every step through one multiprocessor's port, and only B / R multiprocessors
+work. Sharing a tile among several programs, as kernels/persistent does, would divide that by their
+number at the price of three or four barriers a step. No GPU has run it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..persistent.primitives import sigmoid, tanh
+from .tiles import over_source, product, score, source_tile
+
+
+@triton.jit(do_not_specialize=("T", "B", "S"))
+def forward_kernel(
+    gates, matrix, sources, combine, buffers, mask, lengths, T, B, S, C: tl.constexpr
+):
+    """All steps of R rows; the grid is tiles of rows."""
+    seen, cells, joined, _, _, _, features = buffers
+    row = (tl.program_id(0) * C.R + tl.arange(0, C.R)).to(tl.int64)
+    real = row < B
+    length = tl.zeros([C.R], tl.int32) + S
+    if lengths is not None:
+        length = tl.load(lengths + row, mask=real, other=0).to(tl.int32)
+    for t in range(0, T):
+        now = t * B + row
+        h = seen + now * C.W + C.N
+        if C.FEEDBACK == 2:
+            attend(sources, buffers, h, now, B, row, real, length, S, C)
+        cell(gates, matrix, seen, cells, joined, now, B, real, C)
+        tl.debug_barrier()
+        if C.FEEDBACK != 2:
+            h = seen + (now + B) * C.W + C.N
+            attend(sources, buffers, h, now, B, row, real, length, S, C)
+        if C.FEEDBACK == 1:
+            combine_features(combine, joined, features, seen, mask, now, B, real, C)
+            tl.debug_barrier()
+
+
+@triton.jit
+def cell(gates, matrix, seen, cells, joined, now, B, real, C: tl.constexpr):
+    """Activate the blocks in place of their input part; store the new state twice, c once."""
+    before = seen + now * C.W
+    after = now + B
+    for start in range(0, C.H, C.NB):
+        unit = start + tl.arange(0, C.NB)
+        valid = unit < C.H
+        mask = real[:, None] & valid[None, :]
+        at = gates + (now * (4 * C.H))[:, None] + unit[None, :]
+        blocks = ()
+        for g in tl.static_range(4):
+            n = unit + g * C.H
+            acc = product(before, 1, real, matrix, C.W, 1, n, valid, C.W, C)
+            blocks = blocks + (acc + tl.load(at + g * C.H, mask=mask, other=0.0).to(tl.float32),)
+        if C.LSTM:
+            i, f = sigmoid(blocks[0]), sigmoid(blocks[1])
+            g, o = tanh(blocks[2]), sigmoid(blocks[3])
+            place = (now * C.H)[:, None] + unit[None, :]
+            c = f * tl.load(cells + place, mask=mask, other=0.0) + i * g
+            tl.store(cells + (after * C.H)[:, None] + unit[None, :], c, mask=mask)
+            h = o * tanh(c)
+            blocks = (i, f, g, o)
+        else:
+            r, z = sigmoid(blocks[0]), sigmoid(blocks[1])
+            n = tanh(blocks[2] + r * blocks[3])
+            old = before[:, None] + C.N + unit[None, :]
+            h = (1.0 - z) * n + z * tl.load(old, mask=mask, other=0.0).to(tl.float32)
+            blocks = (r, z, n, blocks[3])
+        for g in tl.static_range(4):
+            tl.store(at + g * C.H, blocks[g].to(gates.dtype.element_ty), mask=mask)
+        h = h.to(seen.dtype.element_ty)
+        tl.store(seen + (after * C.W)[:, None] + C.N + unit[None, :], h, mask=mask)
+        tl.store(joined + (now * (C.K + C.H))[:, None] + C.K + unit[None, :], h, mask=mask)
+
+
+@triton.jit
+def attend(sources, buffers, h, now, B, row, real, length, S, C: tl.constexpr):
+    """Attention of the states at the pointers h [R]; its last act is a barrier."""
+    keys, projected, w_q, energy, w_c = sources
+    seen, _, joined, alpha, coverage, query, _ = buffers
+    asks = h
+    if w_q is not None:
+        for start in range(0, C.A, C.NB):
+            n = start + tl.arange(0, C.NB)
+            q = product(h, 1, real, w_q, C.H, 1, n, n < C.A, C.H, C)
+            at = query + (now * C.A)[:, None] + n[None, :]
+            tl.store(at, q.to(query.dtype.element_ty), mask=real[:, None] & (n < C.A)[None, :])
+        tl.debug_barrier()
+        asks = query + now * C.A
+    top = tl.zeros([C.R], tl.float32) - float("inf")
+    for start in range(0, S, C.SB):
+        s = start + tl.arange(0, C.SB)
+        inside = real[:, None] & (s[None, :] < length[:, None])
+        given = tl.zeros([C.R, C.SB], tl.float32)
+        if w_c is not None:
+            given = over_source(coverage, now, s, inside, S)
+        e = score(projected, w_c, energy, asks, given, row, real, s, inside, S, C)
+        tl.store(alpha + (now * S)[:, None] + s[None, :], e, mask=inside)
+        top = tl.maximum(top, tl.max(tl.where(inside, e, -float("inf")), 1))
+    top = tl.where(real, top, 0.0)
+    tl.debug_barrier()
+    total = tl.zeros([C.R], tl.float32)
+    for start in range(0, S, C.SB):
+        s = start + tl.arange(0, C.SB)
+        inside = real[:, None] & (s[None, :] < length[:, None])
+        e = tl.exp(over_source(alpha, now, s, inside, S) - top[:, None])
+        total += tl.sum(tl.where(inside, e, 0.0), 1)
+    total = tl.where(real, total, 1.0)
+    tl.debug_barrier()
+    for start in range(0, S, C.SB):
+        s = start + tl.arange(0, C.SB)
+        exists = real[:, None] & (s[None, :] < S)
+        inside = exists & (s[None, :] < length[:, None])
+        e = tl.exp(over_source(alpha, now, s, inside, S) - top[:, None])
+        w = tl.where(inside, e / total[:, None], 0.0)
+        tl.store(alpha + (now * S)[:, None] + s[None, :], w, mask=exists)
+        if w_c is not None:
+            old = over_source(coverage, now, s, exists, S)
+            tl.store(coverage + ((now + B) * S)[:, None] + s[None, :], old + w, mask=exists)
+    tl.debug_barrier()
+    for start in range(0, C.K, C.AB):
+        k = start + tl.arange(0, C.AB)
+        context = tl.zeros([C.R, C.AB], tl.float32)
+        for first in range(0, S, C.SB):
+            s = first + tl.arange(0, C.SB)
+            inside = real[:, None] & (s[None, :] < length[:, None])
+            w = over_source(alpha, now, s, inside, S)
+            context += tl.sum(
+                w[:, :, None] * source_tile(keys, row, s, inside, start, S, C.K, C), 1
+            )
+        mask = real[:, None] & (k < C.K)[None, :]
+        context = context.to(joined.dtype.element_ty)
+        tl.store(joined + (now * (C.K + C.H))[:, None] + k[None, :], context, mask=mask)
+        if C.FEEDBACK == 2:
+            tl.store(seen + (now * C.W)[:, None] + k[None, :], context, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def combine_features(combine, joined, features, seen, mask, now, B, real, C: tl.constexpr):
+    """Store tanh(W [context; output]), and feed it, after dropout, to the next step."""
+    x = joined + now * (C.K + C.H)
+    for start in range(0, C.F, C.NB):
+        n = start + tl.arange(0, C.NB)
+        valid = real[:, None] & (n < C.F)[None, :]
+        acc = product(x, 1, real, combine, C.K + C.H, 1, n, n < C.F, C.K + C.H, C)
+        acc = tanh(acc)
+        at = (now * C.F)[:, None] + n[None, :]
+        tl.store(features + at, acc.to(features.dtype.element_ty), mask=valid)
+        if mask is not None:
+            acc = acc * tl.load(mask + at, mask=valid, other=0.0).to(tl.float32)
+        fed = seen + ((now + B) * C.W)[:, None] + n[None, :]
+        tl.store(fed, acc.to(seen.dtype.element_ty), mask=valid)
