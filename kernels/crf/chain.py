@@ -153,14 +153,14 @@ class Sums(NamedTuple):
     Attributes:
         log_z: [B].
         forward: [T + 1, K + 1, B], over the paths that end in a tag.
-        incoming: over those that begin after a tag, the last step first; empty if not wanted.
-        backward: over those that begin with a tag, the last step first; empty if not wanted.
+        backward: over those that begin with a tag; empty if not wanted.
+        incoming: over those that begin after a tag: the transitions times the next of `backward`.
     """
 
     log_z: Tensor
     forward: Tensor
-    incoming: Tensor
     backward: Tensor
+    incoming: Tensor
 
 
 def products(given: Factors, both: bool) -> Sums:
@@ -173,33 +173,33 @@ def products(given: Factors, both: bool) -> Sums:
         stop = torch.zeros_like(given.start)
         stop[-1] = 1
         message = torch.stack([given.start, stop])[..., None]
-    messages, states = torch.empty_like(emitted), torch.empty_like(emitted)
-    scale = given.scale
-    state = message
-    for t, (emission, message_at, state_at) in enumerate(
-        zip(emitted.unbind(), messages.unbind(), states.unbind(), strict=True)
-    ):
+    states, sizes = torch.empty_like(emitted), torch.ones_like(emitted[:, :, :1])
+    state = states[0].copy_(message)
+    for t, (emission, out) in enumerate(zip(emitted.unbind(), states.unbind(), strict=True)):
         if t:
-            torch.bmm(matrix, state, out=message_at)
-        else:
-            message_at.copy_(message)
-        state = torch.mul(message_at, emission, out=state_at)
+            state = torch.bmm(matrix, state, out=out)
+        state.mul_(emission)
         if t % given.every == 0:
             size = state.amax(1, keepdim=True).clamp_(min=torch.finfo(state.dtype).tiny)
             state.div_(size)
-            scale = scale + size[0, 0].log_()
-    return Sums(state[0, -1].log() + scale, states[:, 0], messages[:, -1], states[:, -1])
+            sizes[t] = size
+    log_z = state[0, -1].log() + sizes[:, 0, 0].log().sum(0) + given.scale
+    if not both:
+        return Sums(log_z, states[:, 0], states[:0], states[:0])
+    backward = states[:, 1].flip(0)
+    incoming = (backward * sizes[:, 1].flip(0)).div_(given.emissions)
+    return Sums(log_z, states[:, 0], backward, incoming.nan_to_num_(0.0))
 
 
 def logarithms(model: Chain, both: bool) -> Sums:
     """Run state_t = emission_t + logsumexp(transitions + state_{t-1}), in both directions."""
+    _, forward, log_z = _logarithms(model.emissions, model.transitions.T, model.start)
+    if not both:
+        return Sums(log_z, forward, forward[:0], forward[:0])
     stop = torch.full_like(model.start, -math.inf)
     stop[-1] = 0
-    _, forward, log_z = _logarithms(model.emissions, model.transitions.T, model.start)
-    incoming = backward = forward[:0]
-    if both:
-        incoming, backward, _ = _logarithms(model.emissions.flip(0), model.transitions, stop)
-    return Sums(log_z, forward, incoming, backward)
+    incoming, backward, _ = _logarithms(model.emissions.flip(0), model.transitions, stop)
+    return Sums(log_z, forward, backward.flip(0), incoming.flip(0))
 
 
 def _logarithms(emissions: Tensor, matrix: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,18 +232,17 @@ def expectations(
         Probabilities [T + 1, K + 1, B], and the weighted sum over steps and rows of those of the
         pairs, [K + 1, K + 1] (from, to); empty without weights.
     """
-    before = found.forward.flip(0)
+    _, forward, backward, incoming = found
     if not linear:
-        marginals = (before + found.incoming).softmax(1)
-        pairs = _pairs(transitions, before[1:], found.backward[:-1], weights)
-        return marginals.flip(0), pairs
-    marginals = before * found.incoming
+        marginals = (forward + incoming).softmax(1)
+        return marginals, _pairs(transitions, forward[:-1], backward[1:], weights)
+    marginals = forward * incoming
     mass = marginals.sum(1, keepdim=True)
-    marginals = (marginals / mass).flip(0)
+    marginals /= mass
     if weights is None:
         return marginals, mass[:0]
-    left = before[1:].mul_(weights / mass[1:])
-    return marginals, torch.bmm(left, found.backward[:-1].mT).sum(0).mul_(transitions)
+    left = forward[:-1] * (weights / mass[:-1])
+    return marginals, torch.bmm(left, backward[1:].mT).sum(0).mul_(transitions)
 
 
 def _pairs(transitions: Tensor, before: Tensor, after: Tensor, weights: Tensor | None) -> Tensor:
