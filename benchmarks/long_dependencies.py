@@ -196,6 +196,9 @@ def figures(path: Path) -> list[Path]:
     return drawn
 
 
+STYLES = {"0": ":", "1": "--", "chrono": "-", "none": "-"}
+"""Lines of the carry biases."""
+
 Runs = Mapping[tuple[str, ...], Run]
 """The runs of a task, by cell, bias, seed and learning rate."""
 
@@ -206,9 +209,11 @@ def losses(axes: Sequence[Any], task: str, runs: Runs) -> None:
         for (cell, bias, *_), run in runs.items():
             if bias in (wanted, "none"):
                 _curve(axis, run, "loss", CELLS.index(cell), cell)
-        axis.axhline(make_task(task).chance, color="grey", linestyle=":", label="chance")
-        axis.axhline(make_task(task).solved, color="black", linestyle=":", label="solved")
+        if axis.lines:
+            axis.axhline(make_task(task).chance, color="grey", linestyle=":", label="chance")
+            axis.axhline(make_task(task).solved, color="black", linestyle=":", label="solved")
         axis.set_yscale("log")
+        _step_scale(axis)
         _finish(axis, f"{task}, carry bias {wanted}: loss")
 
 
@@ -221,6 +226,7 @@ def steps(axes: Sequence[Any], task: str, runs: Runs) -> None:
         label = "no carry gate" if bias == "none" else f"carry bias {bias}"
         axes[0].plot(place, float(run[-1]["step"]), marker, color=color, label=label)
     axes[0].set_xticks(range(len(CELLS)), CELLS)
+    axes[0].set_xlim(-0.5, len(CELLS) - 0.5)
     axes[0].set_yscale("log")
     _finish(axes[0], f"{task}: training steps until solved (×: stopped unsolved)", xlabel="")
 
@@ -228,16 +234,19 @@ def steps(axes: Sequence[Any], task: str, runs: Runs) -> None:
 def gradients(axes: Sequence[Any], task: str, runs: Runs) -> None:
     """Norms of dL/dh_t along the sequence, before and after training, and their ratio meanwhile."""
     for (cell, bias, *_), run in runs.items():
-        if bias not in (BIASES[0], "none"):
+        if cell not in ("lstm", "gru", "rnn_tanh"):
             continue
-        color, label = f"C{CELLS.index(cell)}", cell if bias == "none" else f"{cell}, bias {bias}"
+        label = cell if bias == "none" else f"{cell}, bias {bias}"
+        style = {"color": f"C{CELLS.index(cell)}", "label": label, "linestyle": STYLES[bias]}
         for axis, row in zip(axes, (run[0], run[-1]), strict=False):
             norms = [float(row[f"gradient_h_{place}"]) for place in PLACES]
-            axis.plot(list(PLACES), norms, color=color, label=label)
-        ratio = [float(r["gradient_h_0"]) / float(r["gradient_h_100"]) for r in run]
-        axes[2].plot([float(r["step"]) for r in run], ratio, color=color, label=label)
+            axis.plot(list(PLACES), norms, **style)
+        ratio = [float(r["gradient_h_0"]) / max(float(r["gradient_h_100"]), 1e-300) for r in run]
+        axes[2].plot([float(r["step"]) for r in run], ratio, marker=".", **style)
     for axis in axes:
         axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(1e-60, 1e2)
+    _step_scale(axes[2])
     place = "t, percent of the sequence"
     _finish(axes[0], f"{task}, before training: ‖∂L/∂h_t‖", xlabel=place)
     _finish(axes[1], f"{task}, at the end: ‖∂L/∂h_t‖", xlabel=place)
@@ -245,13 +254,19 @@ def gradients(axes: Sequence[Any], task: str, runs: Runs) -> None:
 
 
 def gates(axes: Sequence[Any], task: str, runs: Runs) -> None:
-    """The mean carry gate of the tenth of units that carry most, a panel for each cell."""
+    """The mean carry gate of the tenth of units where it is most open, a panel for each cell."""
     for axis, wanted in zip(axes, (c for c in CELLS if not c.startswith("rnn")), strict=True):
         for (cell, bias, *_), run in runs.items():
             if cell == wanted:
                 _curve(axis, run, "carry_top_tenth", BIASES.index(bias), f"carry bias {bias}")
         axis.axhline(1.0, color="grey", linestyle=":")
+        axis.set_ylim(0.5, 1.02)
         _finish(axis, f"{task}, {wanted}: carry gate")
+
+
+def _step_scale(axis: Any) -> None:
+    axis.set_xscale("symlog", linthresh=200)
+    axis.set_xlim(left=0)
 
 
 def _curve(axis: Any, run: Run, column: str, color: int, label: str) -> None:
@@ -266,6 +281,8 @@ def _finish(axis: Any, title: str, xlabel: str = "training step") -> None:
     once = dict(zip(labels, handles, strict=True))
     if once:
         axis.legend(once.values(), once.keys(), fontsize="x-small")
+    else:
+        axis.set_axis_off()  # no such run is finished
 
 
 FULL = {
