@@ -24,6 +24,7 @@ from lightning_modules.data.batching import (
     lengths,
     pad,
 )
+from lightning_modules.data.encoded import EncodedRows
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
@@ -360,7 +361,7 @@ class PairData(L.LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
         self._places = {"train": "train" if train is None else train, "val": val, "test": test}
         self._pairs: dict[str, list[TextPair]] = {}
-        self._rows: dict[str, list[_Row]] = {}
+        self._rows: dict[str, EncodedRows[_Row]] = {}
         self._codec: PairCodec | None = None
 
     @property
@@ -418,8 +419,13 @@ class PairData(L.LightningDataModule):
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in wanted.get(stage or "", ()):
             if split not in self._rows:
-                encode = self._training_rows if split == "train" else self._evaluation_rows
-                self._rows[split] = encode(self.pairs(split))
+                self._rows[split] = self._encode(split)
+
+    def _encode(self, split: str) -> EncodedRows[_Row]:
+        pairs, training = self.pairs(split), split == "train"
+        key = [self.codec.to_dict(), pairs, training, self.max_length, self.group_references]
+        encode = self._training_rows if training else self._evaluation_rows
+        return EncodedRows(_Row, lambda: encode(pairs), key)
 
     def describe(self) -> dict[str, Any]:
         """Says in a few words what the data are, for a model card."""
@@ -459,7 +465,7 @@ class PairData(L.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
         rows = self._rows[split]
-        sizes = [len(row.source) + len(row.target) for row in rows]
+        sizes = list(map(sum, zip(rows.lengths("source"), rows.lengths("target"), strict=True)))
         sampler = BucketBatchSampler(
             sizes, self.batch_size, self.max_tokens, shuffle=shuffle, seed=self.seed
         )

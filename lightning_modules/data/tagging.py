@@ -23,6 +23,7 @@ from lightning_modules.data.batching import (
     lengths,
     pad,
 )
+from lightning_modules.data.encoded import EncodedRows
 from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
 from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
@@ -470,7 +471,7 @@ class TaggingData(L.LightningDataModule):
             names = {"train": "train", "val": "validation", "test": "test"}
             self._places = {split: self._places[split] or name for split, name in names.items()}
         self._sentences: dict[str, list[Sentence]] = {}
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, EncodedRows[Row]] = {}
 
     @cached_property
     def codec(self) -> TaggingCodec:
@@ -543,8 +544,12 @@ class TaggingData(L.LightningDataModule):
                 sentences = self.sentences(split)
                 if split == "train":
                     sentences = self._short(sentences)
-                codec, training = self.codec, split == "train"
-                self._rows[split] = [codec.encode(sentence, training) for sentence in sentences]
+                self._rows[split] = self._encode(sentences, split == "train")
+
+    def _encode(self, sentences: list[Sentence], training: bool) -> EncodedRows[Row]:
+        codec = self.codec
+        key = [codec.to_dict(), sentences, training]
+        return EncodedRows(Row, lambda: (codec.encode(s, training) for s in sentences), key)
 
     def describe(self) -> dict[str, Any]:
         """Say in a few words what the data are, for a model card."""
@@ -574,7 +579,7 @@ class TaggingData(L.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
         rows = self._rows[split]
         sampler = BucketBatchSampler(
-            [len(row.words) for row in rows],
+            rows.lengths("words"),
             self.batch_size,
             self.max_tokens,
             shuffle=shuffle,
