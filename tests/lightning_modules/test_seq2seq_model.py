@@ -327,3 +327,26 @@ def test_autocast_to_bfloat16(arguments):
         assert (weights[0, :, 3:] == 0).all()
     logits.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+@torch.no_grad()
+def test_hypotheses_that_share_a_source_are_as_with_copies_of_it(arguments):
+    model = make(**arguments)
+    if model.decoder.covers:
+        model.attention.coverage.normal_()
+    source, lengths, _ = batch([5, 2, 4], 3)
+    shared = copied = model.encode(source, lengths)
+    symbols = torch.tensor([3, 4, 5, 3, 4, 5])
+    for rows, sources in (
+        ([0, 0, 1, 1, 2, 2], [0, 1, 2]),
+        ([1, 0, 2, 2, 5, 4], [0, 1, 2]),
+        ([1, 1, 5, 4], [0, 2]),
+        ([3, 2, 1], None),
+    ):
+        kept = None if sources is None else torch.tensor(sources)
+        shared, copied = shared.select(torch.tensor(rows), kept), copied.select(torch.tensor(rows))
+        assert len(shared.source.lengths) == len(rows if sources is None else sources)
+        found, shared = model.step(symbols[: len(rows)], shared)
+        expected, copied = model.step(symbols[: len(rows)], copied)
+        torch.testing.assert_close(found, expected)
