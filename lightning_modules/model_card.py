@@ -80,7 +80,7 @@ def _data(trainer: L.Trainer) -> Iterator[str]:
 
 
 def _examples(split: str, loader: Any) -> Iterator[str]:
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if hasattr(dataset, "__len__"):
         yield f"- {split} examples: {len(dataset):,}"
 
