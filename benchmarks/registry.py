@@ -145,12 +145,17 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> Iterator[Row]:
+def interleave(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Row]:
     """Time candidates in turn, so that all see the same disturbances.
 
     Args:
         candidates: name -> what to time; the first is the baseline. Each runs once beforehand.
         rounds: how often each is timed.
+        clock: seconds so far; `time.thread_time` leaves out what other programs take meanwhile.
 
     Yields:
         For each candidate: its name, the baseline's, the median in milliseconds, and the median
@@ -163,9 +168,9 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> I
         run()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             candidates[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     for name in names:
         ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -46,6 +47,8 @@ def _stream(layer: fusedrnn.LSTM | fusedrnn.GRU, size: int, device: str) -> Call
 
 def _cases(device: str) -> Iterator[Case]:
     torch.manual_seed(0)
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     for size in SIZES:
         both, lstm, gru = (size, size), fusedrnn.LSTM, fusedrnn.GRU
         for baseline, layers in (
@@ -65,13 +68,16 @@ def _cases(device: str) -> Iterator[Case]:
             name = f"nn.{type(baseline).__name__}"
             candidates = {name: _cell(baseline, size, device)}
             candidates |= {n: _stream(layer, size, device) for n, layer in layers.items()}
-            key = {"hidden_size": size, "baseline": name}
-            yield key, partial(interleave, candidates, ROUNDS)
+            key = {"hidden_size": size, "baseline": name, "clock": clock.__name__}
+            yield key, partial(interleave, candidates, ROUNDS, clock)
 
 
 @benchmark(spread("ratio", "name", "hidden_size"))
 def streaming() -> Iterator[Case]:
-    """Compare 20 steps of each layer with those of the nearest cell of torch.nn."""
+    """Compare 20 steps of each layer with those of the nearest cell of torch.nn.
+
+    With one thread its own time is measured, with more the time that passes.
+    """
     yield from _cases("cpu")
 
 

@@ -87,7 +87,8 @@ class GradientFlow(Callback):
 
     It logs the curves of `fusedrnn.diagnostics.draw` as `gradient_flow/curves`, for each layer a
     heat map of ||dL/dh_t|| over time and training step as `gradient_flow/<layer>`, and as numbers
-    the spectral radius of its recurrent matrix and the mean of each gate.
+    the spectral radius of its recurrent matrix, the mean and the saturation of each gate, and the
+    product over time of the gate that carries the old state.
 
     Each of these steps takes the gradients that it trains with from the reference backend: slower,
     rounded otherwise, and with another draw of the dropout between layers that torch fuses.
@@ -133,6 +134,10 @@ class GradientFlow(Callback):
                 numbers[f"gradient_flow/{name}/spectral_radius_{gate}"] = radius.max().item()
                 mean = flow.gate_mean[gate].mean().item()
                 numbers[f"gradient_flow/{name}/mean_{gate}"] = mean
+                saturation = flow.gate_saturation[gate].mean().item()
+                numbers[f"gradient_flow/{name}/saturation_{gate}"] = saturation
+            if flow.carry is not None:
+                numbers[f"gradient_flow/{name}/carry_product"] = flow.carry[0, -1].item()
         for logger in trainer.loggers:  # `pl_module.log` would repeat them at later steps
             logger.log_metrics(numbers, step=trainer.global_step)
 

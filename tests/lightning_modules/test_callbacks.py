@@ -175,6 +175,9 @@ def test_gradient_flow_is_logged_every_n_steps(tmp_path):
     assert len(metrics(log, "gradient_flow/rnn.l1/spectral_radius_z")) == 3
     means = metrics(log, "gradient_flow/rnn.l0/mean_z")
     assert len(means) == 3 and all(0 < mean < 1 for mean in means)
+    for kind in ("saturation_z", "carry_product"):
+        shares = metrics(log, f"gradient_flow/rnn.l1/{kind}")
+        assert len(shares) == 3 and all(0 <= share < 1 for share in shares)
     assert model.rnn.backend == "auto" and "recurrence" not in vars(model.rnn)
 
 
