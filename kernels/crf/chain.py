@@ -277,9 +277,10 @@ class _Likelihood(torch.autograd.Function):
         end: Tensor,
         lengths: Tensor,
         tags: Tensor | None,
+        wanted: bool,
     ) -> Tensor:
         model = chain(emissions, start, transitions, end, lengths)
-        ctx.dtype, wanted = emissions.dtype, any(ctx.needs_input_grad)
+        ctx.dtype = emissions.dtype
         moves, ctx.linear, found = _sums(model, lengths, both=wanted)
         path = None if tags is None else stopped(tags, lengths, emissions.shape[-1])
         if wanted:
@@ -308,7 +309,7 @@ class _Likelihood(torch.autograd.Function):
         tags = len(pairs) - 1
         d_emissions = marginals[:-1, :tags].permute(2, 0, 1).to(ctx.dtype).contiguous()
         gradients = (marginals[0, :tags].sum(-1), pairs[:tags, :tags], pairs[:tags, tags])
-        return d_emissions, *(g.to(ctx.dtype) for g in gradients), None, None
+        return d_emissions, *(g.to(ctx.dtype) for g in gradients), None, None, None
 
 
 def likelihood(
@@ -320,7 +321,10 @@ def likelihood(
     tags: Tensor | None,
 ) -> Tensor:
     """Compute log p(tags) [B], or log Z without tags; differentiable once. Else as `api`."""
-    return _Likelihood.apply(emissions, start, transitions, end, lengths, tags)
+    scores = (emissions, start, transitions, end)
+    # ctx.needs_input_grad says nothing of no_grad, where the parameters still require gradients.
+    wanted = torch.is_grad_enabled() and any(score.requires_grad for score in scores)
+    return _Likelihood.apply(*scores, lengths, tags, wanted)
 
 
 def marginals(

@@ -108,10 +108,10 @@ class _Likelihood(torch.autograd.Function):
         end: Tensor,
         lengths: Tensor,
         tags: Tensor | None,
+        wanted: bool,
     ) -> Tensor:
-        save = any(ctx.needs_input_grad)
-        value, states = forward_op(emissions, start, transitions, end, lengths, tags, save)
-        if save:
+        value, states = forward_op(emissions, start, transitions, end, lengths, tags, wanted)
+        if wanted:
             ctx.save_for_backward(states, emissions, transitions, end, lengths, tags)
         return value
 
@@ -121,7 +121,7 @@ class _Likelihood(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the CRF is differentiable once: create_graph=True needs more")
         d_emissions, d_scores = backward_op(grad.contiguous(), *ctx.saved_tensors)
-        return d_emissions, d_scores[-2], d_scores[:-2], d_scores[-1], None, None
+        return d_emissions, d_scores[-2], d_scores[:-2], d_scores[-1], None, None, None
 
 
 def likelihood(
@@ -142,7 +142,10 @@ def likelihood(
         lengths: [B] int64.
         tags: [B, T] int64, or None.
     """
-    return _Likelihood.apply(emissions, start, transitions, end, lengths, tags)
+    scores = (emissions, start, transitions, end)
+    # ctx.needs_input_grad says nothing of no_grad, where the parameters still require gradients.
+    wanted = torch.is_grad_enabled() and any(score.requires_grad for score in scores)
+    return _Likelihood.apply(*scores, lengths, tags, wanted)
 
 
 def marginals(

@@ -145,6 +145,17 @@ def test_products_of_exponentials_agree_with_logsumexp(
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
 
 
+def test_sums_from_the_end_only_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = []
+    real = chain.products
+    monkeypatch.setattr(chain, "products", lambda g, both: wanted.append(both) or real(g, both))
+    crf, emissions, tags = make(), torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+    with torch.no_grad():
+        crf(emissions, tags)
+    crf(emissions, tags)
+    assert wanted == [False, True]
+
+
 def test_a_tag_that_the_emissions_forbid() -> None:
     crf = make(4)
     emissions = torch.randn(2, 5, 4, dtype=torch.float64)
