@@ -59,6 +59,8 @@ def corpus() -> tuple[PairCodec, list[Batch]]:
 class Candidate:
     """A model with its optimizer."""
 
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         self.model, self.updates = model, 0
         self.optimizer = torch.optim.Adam(model.parameters(), 1e-3)
