@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -152,6 +152,11 @@ class Seq2Seq(Task):
         for name in ("label_smoothing", "sampling_probability"):
             if not 0 <= self.arguments[name] < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {self.arguments[name]}")
+        if codec.sizes.get("copy") and (label_smoothing or sampling_probability):
+            raise ValueError(
+                "label_smoothing, sampling_probability: expected 0 with copy, "
+                f"got {label_smoothing} and {sampling_probability}"
+            )
         if score not in ("per", "bleu"):
             raise ValueError(f"score: expected per or bleu, got {score!r}")
         if max_length_ratio < 0 or max_length_extra < 1:
@@ -174,7 +179,10 @@ class Seq2Seq(Task):
         scores: dict[str, Metric] = {
             "loss": MeanMetric().set_dtype(torch.float64),
             "accuracy": MulticlassAccuracy(
-                len(self.codec.target), average="micro", ignore_index=self.codec.target.pad
+                len(self.codec.target),
+                average="micro",
+                ignore_index=self.codec.target.pad,
+                validate_args=False,  # copied symbols have numbers beyond the vocabulary
             ),
         }
         if self.score == "per":
@@ -239,7 +247,8 @@ class Seq2Seq(Task):
 
         decoded = self.decode(batch.source, batch.source_lengths)
         found = [row[0] for row in decoded.sequences(self.codec.target.eos)]
-        predictions = [self._symbols(numbers) for numbers in found]
+        decode = self.codec.decode_target
+        predictions = [decode(n, text) for n, text in zip(found, batch.texts, strict=True)]
         if self.score == "per":
             for name in ("per", "wer"):
                 scores[name].update(predictions, batch.references)
@@ -291,7 +300,7 @@ class Seq2Seq(Task):
         rows = [
             [
                 row.text,
-                join(self._symbols(row.prediction)),
+                join(self.codec.decode_target(row.prediction, row.text)),
                 " | ".join(map(join, row.references)),
                 round(row.score, 4),
             ]
@@ -307,20 +316,17 @@ class Seq2Seq(Task):
         lengths, expected, means = zip(*self._decoded, strict=True)
         named = {"decoded": lengths, "reference": expected}
         log_figure(self, f"{stage}/lengths", histogram("symbols", named, whole=True))
-        scored = histogram("mean log-probability of a symbol", {"decoded": means})
-        log_figure(self, f"{stage}/mean_log_probabilities", scored)
+        figure = histogram("mean log-probability of a symbol", {"decoded": means})
+        log_figure(self, f"{stage}/mean_log_probabilities", figure)
         if self.model.attention is None:
             return
         for number, row in enumerate(_spread(samples, ALIGNMENTS)):
             (weights,) = self._alignments([row.source], [row.prediction])
             labels = self.codec.source_labels(row.text, row.source)[:: self.source_stride]
-            lines = [*self._symbols(row.prediction), "<eos>"]
+            lines = [*self.codec.decode_target(row.prediction, row.text), "<eos>"]
             log_figure(
                 self, f"{stage}/alignment_{number}", alignment_figure(weights, labels, lines)
             )
-
-    def _symbols(self, numbers: Sequence[int]) -> list[str]:
-        return self.codec.target.decode(numbers)
 
     def join(self, others: Sequence[Task]) -> None:
         """Decodes from now on with the mean of several models' probabilities.
@@ -338,7 +344,7 @@ class Seq2Seq(Task):
                     f"model {number} of the ensemble: expected the symbols of the first, "
                     "got others (train them on the same data)"
                 )
-            self.companions += [other.model, *other.companions]  # type: ignore[union-attr]
+            self.companions.extend(cast(Seq2Seq, other).models)
 
     @property
     def models(self) -> list[Seq2SeqModel]:
@@ -441,18 +447,19 @@ class Seq2Seq(Task):
                 rows = order[start : start + batch_size]
                 source, sizes = self._stack([encoded[i] for i in rows])
                 found = self.decode(source, sizes, options, [first + i for i in rows])
-                for i, hypotheses in zip(rows, self._read(found), strict=True):
+                written = self._read(found, [texts[i] for i in rows])
+                for i, hypotheses in zip(rows, written, strict=True):
                     results[i] = hypotheses
                 if align:
                     self._align(results, rows, encoded, found)
         return results
 
-    def _read(self, found: Hypotheses) -> list[list[Translation]]:
+    def _read(self, found: Hypotheses, texts: Sequence[str]) -> list[list[Translation]]:
         """Puts what was found into words."""
         join = self.codec.target_symbols.join
         words = [
-            [self._symbols(numbers) for numbers in row]
-            for row in found.sequences(self.codec.target.eos)
+            [self.codec.decode_target(numbers, text) for numbers in row]
+            for row, text in zip(found.sequences(self.codec.target.eos), texts, strict=True)
         ]
         return [
             [Translation(join(w), score, w) for w, score in zip(row, scores, strict=False)]
@@ -492,7 +499,9 @@ class Seq2Seq(Task):
         sources = [self.codec.encode_source(text) for text in texts]
         if not all(map(len, sources)):
             raise ValueError("texts: expected no empty text")
-        return self._alignments(sources, [self.codec.encode_target(o)[1:-1] for o in outputs])
+        pairs = zip(texts, outputs, strict=True)
+        targets = [self.codec.encode_target(output, text)[1:-1] for text, output in pairs]
+        return self._alignments(sources, targets)
 
     def _alignments(self, sources: Sequence[Any], outputs: Sequence[Sequence[int]]) -> list[Tensor]:
         """Returns the mean attention weights of all models; see `alignments`."""
@@ -676,7 +685,7 @@ def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[st
 
 
 def histogram(
-    quantity: str, values: dict[str, Sequence[float]], bins: int = 30, whole: bool = False
+    quantity: str, values: Mapping[str, Sequence[float]], bins: int = 30, whole: bool = False
 ) -> Figure:
     """Draws how often values occur.
 

@@ -8,7 +8,7 @@ K symbols of the target vocabulary (or numbers predicted at each step), D direct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,34 @@ class FrameEmbedding(nn.Module):
         return self.linear(stacked), (lengths + self.stride - 1) // self.stride
 
 
+class CopyState(NamedTuple):
+    """The decoder's state, and what can be copied.
+
+    Attributes:
+        decoder: its state.
+        copies: int64 [M, S], the numbers under which the symbols of each source are written.
+        size: of the target vocabulary and the copied symbols that it lacks.
+    """
+
+    decoder: DecoderState
+    copies: Tensor
+    size: int
+
+    @property
+    def source(self) -> EncodedSource:
+        """The encoded source."""
+        return self.decoder.source
+
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> CopyState:
+        """Keep, repeat or reorder rows; see `DecoderState.select`."""
+        kept = sources
+        if kept is None:
+            top = self.decoder.layers[-1]
+            count = (top[0] if isinstance(top, tuple) else top).shape[1]
+            kept = rows // (count // len(self.copies))
+        return CopyState(self.decoder.select(rows, sources), self.copies[kept], self.size)
+
+
 @saveable
 class Seq2SeqModel(nn.Module):
     """Recurrent encoder-decoder with optional attention (Luong 2015, Bahdanau 2014).
@@ -136,6 +164,16 @@ class Seq2SeqModel(nn.Module):
 
     or with the context that h_{t-1} attends to fed into the cell (`feedback="context"`). Teacher
     forcing and scheduled sampling are one call of `fusedrnn.AttentionDecoder` over all T steps.
+
+    With `copy` it is a pointer-generator network (See et al. 2017), which mixes that distribution
+    with the attention, each source position standing for its symbol::
+
+        p(w) = g softmax(W a_t)[w] + (1 - g) sum_{s: x_s = w} weights[t, s]
+        g    = sigmoid(v [a_t; y_{t-1}] + b)
+
+    (a_t stands for the context and the state of which it is made). Symbols that the target
+    vocabulary lacks have numbers from K on, in each row its own; fed back, they are symbol 1, the
+    unknown one.
 
     With `source_features` the source is frames of features instead of symbols. With
     `target_features` the model predicts numbers, `y_t = W a_t + b`, and the decoder is fed
@@ -158,6 +196,7 @@ class Seq2SeqModel(nn.Module):
         feedback: "none"; "features", which is `input_feeding`; or "context" (Bahdanau 2014), the
             result of the attention from before a step, fed to the cell in that step.
         coverage: whether the attention sees how much it has attended to each key before.
+        copy: whether symbols can be copied from the source.
         source_features: numbers in a frame of the source.
         source_stride: frames that become one step of the encoder.
         target_features: K, numbers predicted at each step.
@@ -183,6 +222,7 @@ class Seq2SeqModel(nn.Module):
         backend: str = "auto",
         feedback: str = "none",
         coverage: bool = False,
+        copy: bool = False,
         source_features: int = 0,
         source_stride: int = 1,
         target_features: int = 0,
@@ -216,6 +256,8 @@ class Seq2SeqModel(nn.Module):
             raise ValueError(
                 "input_feeding feeds attention back: it needs an attention, got 'none'"
             )
+        if copy and (attention == "none" or source_features or target_features):
+            raise ValueError("copy needs an attention, and symbols on both sides")
         if input_feeding and feedback == "context":
             raise ValueError("input_feeding and feedback='context' exclude each other")
         feedback = "features" if input_feeding else feedback
@@ -267,6 +309,8 @@ class Seq2SeqModel(nn.Module):
         if tied_embeddings:
             nn.init.normal_(self.target_embedding.weight, std=embedding_size**-0.5)
             self.output.weight = self.target_embedding.weight
+        self.target_size = target_size
+        self.copy_gate = nn.Linear(features + embedding_size, 1) if copy else None
         self.register_load_state_dict_pre_hook(rename)
 
     @property
@@ -274,22 +318,28 @@ class Seq2SeqModel(nn.Module):
         """The decoder's attention."""
         return self.decoder.attention
 
-    def encode(self, source: Tensor, lengths: Tensor) -> DecoderState:
+    def encode(self, source: Tensor, lengths: Tensor) -> DecoderState | CopyState:
         """Read the source.
 
         Args:
-            source: int64 [B, S], symbol numbers, 0 past the lengths; or frames [B, S, features].
+            source: int64 [B, S], symbol numbers, 0 past the lengths; with `copy` [B, S, 2], the
+                numbers under which the symbols are written beside them; or frames [B, S, features].
             lengths: int64 [B], at least 1, on the device of `source`.
 
         Returns:
             The state from which decoding starts.
         """
+        if self.copy_gate is not None:
+            source, copies = source.unbind(-1)
         if isinstance(self.source_embedding, FrameEmbedding):
             embedded, lengths = self.source_embedding(source, lengths)
         else:
             embedded = self.source_embedding(source)
         keys, states = self.encoder(self.dropout(embedded), lengths=lengths)
-        return self.decoder.start(keys, lengths, self.bridge(states))
+        state = self.decoder.start(keys, lengths, self.bridge(states))
+        if self.copy_gate is None:
+            return state
+        return CopyState(state, copies, max(self.target_size, int(copies.max()) + 1))
 
     def forward(
         self,
@@ -301,19 +351,29 @@ class Seq2SeqModel(nn.Module):
         """Predict each target symbol from those before it.
 
         Args:
-            source: int64 [B, S], or frames [B, S, features].
+            source: as for `encode`.
             source_lengths: int64 [B], at least 1.
             target: int64 [B, T], the symbols fed to the decoder, the begin symbol first; or, where
                 numbers are predicted, [B, T, target_inputs].
             sampling_probability: for each symbol after the first, the probability that the decoder
                 is fed a sample of its own prediction in place of `target` (scheduled sampling,
-                Bengio et al. 2015). Symbols only.
+                Bengio et al. 2015). Symbols only, and not with `copy`.
 
         Returns:
             logits [B, T, K], step t predicting the symbol after `target[:, t]` (or the K numbers of
-            step t), and the attention weights [B, T, S], None without attention.
+            step t; with `copy` the log-probabilities of those K and all copied symbols), and the
+            attention weights [B, T, S], None without attention.
         """
         state = self.encode(source, source_lengths)
+        if isinstance(state, CopyState):
+            if sampling_probability > 0:
+                raise ValueError("sampling_probability: expected 0 with copy")
+            embedded = self.target_embedding(self._known(target))
+            found, _ = self.decoder(embedded, state.decoder)
+            assert found.weights is not None
+            # 1e-30: a target that nothing points at has a large loss, not an infinite one
+            mixed = self._mix(found.features, embedded, found.weights, state.copies, state.size)
+            return mixed.clamp(min=1e-30).log(), found.weights
         sampling = None
         if sampling_probability > 0:
             sampling = ScheduledSampling(
@@ -347,7 +407,7 @@ class Seq2SeqModel(nn.Module):
                 weights.append(found.weights)
         return torch.stack(outputs, 1), torch.stack(weights, 1) if weights else None
 
-    def step(self, symbols: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+    def step(self, symbols: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Advance every row by one symbol.
 
         Args:
@@ -357,11 +417,39 @@ class Seq2SeqModel(nn.Module):
         Returns:
             Log-probabilities [B, K] of the next symbol (float32 or wider), and the new state.
         """
+        if isinstance(state, CopyState):
+            embedded = self.target_embedding(self._known(symbols))
+            found, inner = self.decoder.step(embedded, state.decoder)
+            copies = state.copies.repeat_interleave(len(symbols) // len(state.copies), 0)
+            parts = [v[:, None] for v in (found.features, embedded, found.weights)]
+            mixed = self._mix(*parts, copies, state.size)[:, 0]
+            return mixed.log(), state._replace(decoder=inner)
         found, state = self.decoder.step(self.target_embedding(symbols), state)
         logits = self.output(found.features)
         return torch.log_softmax(
             logits.to(torch.promote_types(logits.dtype, torch.float32)), -1
         ), state
+
+    def _known(self, symbols: Tensor) -> Tensor:
+        """Symbols as they are fed back: those that the vocabulary lacks are unknown."""
+        return symbols.masked_fill(symbols >= self.target_size, 1)
+
+    def _mix(
+        self, features: Tensor, embedded: Tensor, weights: Tensor, copies: Tensor, size: int
+    ) -> Tensor:
+        """Probabilities [B, T, size] from what was generated and what was copied, in fp32.
+
+        They add up to 1 up to rounding, and are cut off there, as search needs them to be.
+        """
+        assert self.copy_gate is not None
+        logits, gate = self.output(features), self.copy_gate(torch.cat([features, embedded], -1))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        gate = gate.to(wide).sigmoid()
+        generated = nn.functional.pad(
+            gate * logits.to(wide).softmax(-1), (0, size - self.target_size)
+        )
+        places = copies[:, None].expand_as(weights)
+        return generated.scatter_add(2, places, (1 - gate) * weights.to(wide)).clamp(max=1.0)
 
 
 def rename(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:

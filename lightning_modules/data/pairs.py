@@ -8,10 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -107,6 +109,9 @@ class PairCodec:
         target: vocabulary of the target, with `<bos>` and `<eos>` as well.
         source_symbols: how a source text is cut.
         target_symbols: how a target text is cut.
+        copy: whether symbols of a source can be written as they are. A source symbol that the
+            target vocabulary lacks then has a number of its own in that row, from the vocabulary's
+            size on.
     """
 
     def __init__(
@@ -115,11 +120,13 @@ class PairCodec:
         target: Vocabulary,
         source_symbols: Symbols,
         target_symbols: Symbols,
+        copy: bool = False,
     ) -> None:
         if target.bos is None or target.eos is None:
             raise ValueError("target: expected a vocabulary with <bos> and <eos>")
         self.source, self.target = source, target
         self.source_symbols, self.target_symbols = source_symbols, target_symbols
+        self.copy = copy
 
     @classmethod
     def from_pairs(
@@ -130,6 +137,7 @@ class PairCodec:
         min_count: int = 1,
         subword_count: int = 8000,
         shared_subwords: bool = False,
+        copy: bool = False,
     ) -> PairCodec:
         """Builds the vocabularies from the training split.
 
@@ -140,6 +148,7 @@ class PairCodec:
             min_count: symbols seen less often become `<unk>`.
             subword_count: most subwords of a side that is cut into `subwords`.
             shared_subwords: whether both sides are cut into the same ones.
+            copy: whether symbols of a source can be written as they are.
         """
         if shared_subwords:
             texts = [text for pair in pairs for text in pair]
@@ -157,29 +166,75 @@ class PairCodec:
             Vocabulary.from_counts(targets, min_count, SPECIALS),
             source_symbols,
             target_symbols,
+            copy,
         )
 
-    def encode_source(self, text: str) -> list[int]:
-        """Returns the numbers of a source text; unknown symbols become `<unk>`."""
-        return self.source.encode(self.source_symbols.split(text))
+    def encode_source(self, text: str) -> Any:
+        """Returns the numbers of a source text; unknown symbols become `<unk>`.
+
+        Returns:
+            A list of numbers or, with `copy`, of pairs: the number in the source vocabulary, and
+            that under which the symbol is written.
+        """
+        symbols = self.source_symbols.split(text)
+        numbers = self.source.encode(symbols)
+        if not self.copy:
+            return numbers
+        lacking = self._lacking(text)
+        return [
+            (number, lacking.get(symbol, self.target.index(symbol)))
+            for number, symbol in zip(numbers, symbols, strict=True)
+        ]
+
+    def _lacking(self, text: str) -> dict[str, int]:
+        """Numbers of the symbols of a source that the target vocabulary lacks."""
+        symbols = dict.fromkeys(self.source_symbols.split(text)) if self.copy else {}
+        lacking = [symbol for symbol in symbols if symbol not in self.target]
+        return {symbol: len(self.target) + place for place, symbol in enumerate(lacking)}
 
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes of a model for these texts; see `Seq2SeqModel`."""
-        return {"source_size": len(self.source), "target_size": len(self.target)}
+        sizes = {"source_size": len(self.source), "target_size": len(self.target)}
+        return sizes | ({"copy": True} if self.copy else {})
 
     def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:
         """Returns what stands for each symbol of an encoded source in a picture."""
         return self.source_symbols.split(text)
 
     def collate_sources(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Stacks encoded sources: int64 [B, S], 0 past the ends, and their lengths [B]."""
+        """Stacks encoded sources.
+
+        Returns:
+            int64 [B, S] or, with `copy`, [B, S, 2]; 0 past the ends; and their lengths [B].
+        """
+        if self.copy:
+            sides = [pad([[pair[side] for pair in row] for row in sources]) for side in (0, 1)]
+            return torch.stack(sides, -1), lengths(sources)
         return pad(sources), lengths(sources)
 
-    def encode_target(self, text: str) -> list[int]:
-        """Returns the numbers of a target text between `<bos>` and `<eos>`."""
-        inner = self.target.encode(self.target_symbols.split(text))
+    def encode_target(self, text: str, source: str = "") -> list[int]:
+        """Returns the numbers of a target text between `<bos>` and `<eos>`.
+
+        Args:
+            text: the target text.
+            source: its source text, from which unknown symbols are copied, where they can be.
+        """
+        lacking = self._lacking(source)
+        symbols = self.target_symbols.split(text)
+        inner = [lacking.get(symbol, self.target.index(symbol)) for symbol in symbols]
         return [self.target.bos, *inner, self.target.eos]  # type: ignore[list-item]
+
+    def decode_target(self, numbers: Sequence[int], source: str = "") -> list[str]:
+        """Returns the symbols of a result.
+
+        Args:
+            numbers: of the symbols, copied ones included.
+            source: the source text that they were copied from.
+        """
+        copied = list(self._lacking(source))
+        size = len(self.target)
+        return [self.target.symbols[n] if n < size else copied[n - size] for n in numbers]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain data, for a checkpoint."""
@@ -188,6 +243,7 @@ class PairCodec:
             "target": self.target.to_list(),
             "source_symbols": self.source_symbols.to_dict(),
             "target_symbols": self.target_symbols.to_dict(),
+            **({"copy": True} if self.copy else {}),
         }
 
     @classmethod
@@ -198,6 +254,7 @@ class PairCodec:
             Vocabulary(data["target"], ()),
             Symbols(**data["source_symbols"]),
             Symbols(**data["target_symbols"]),
+            data.get("copy", False),
         )
 
 
@@ -205,7 +262,8 @@ class PairBatch(NamedTuple):
     """A batch of pairs.
 
     Attributes:
-        source: int64 [B, S], 0 past the lengths.
+        source: int64 [B, S], 0 past the lengths; of a codec that copies [B, S, 2], and of
+            recordings float [B, S, features].
         source_lengths: int64 [B].
         target: int64 [B, T], `<bos>`, the symbols, `<eos>`, 0 past the lengths.
         target_lengths: int64 [B], `<bos>` and `<eos>` counted.
@@ -225,18 +283,17 @@ class PairBatch(NamedTuple):
 
 
 class _Row(NamedTuple):
-    source: list[int]
+    source: Any
     target: list[int]
     text: str
     references: list[list[str]] | None
 
 
-def _collate(rows: list[_Row]) -> PairBatch:
+def _collate(codec: PairCodec, rows: list[_Row]) -> PairBatch:
     sources, targets = [row.source for row in rows], [row.target for row in rows]
     evaluated = rows[0].references is not None
     return PairBatch(
-        pad(sources),
-        lengths(sources),
+        *codec.collate_sources(sources),
         pad(targets),
         lengths(targets),
         sum(map(len, sources)) + sum(map(len, targets)),
@@ -286,6 +343,8 @@ class PairData(L.LightningDataModule):
         subword_count: most subwords of a side, its single characters counted.
         shared_subwords: whether the subwords are learnt from both sides together, and both sides
             are cut into the same ones.
+        copy: whether the model can copy symbols from the source, unknown ones too (a
+            pointer-generator network); the symbols of both sides should then be of one kind.
         stress: whether the vowels of `cmudict` keep their stress digits.
         group_references: whether pairs with the same source are evaluated once, against all their
             targets, as dictionaries with several pronunciations need.
@@ -321,6 +380,7 @@ class PairData(L.LightningDataModule):
         target_lowercase: bool = False,
         subword_count: int = 8000,
         shared_subwords: bool = False,
+        copy: bool = False,
         stress: bool = False,
         group_references: bool = False,
         min_count: int = 1,
@@ -357,6 +417,7 @@ class PairData(L.LightningDataModule):
         self.stress, self.group_references = stress, group_references
         self.min_count, self.max_length, self.held_out = min_count, max_length, held_out
         self.subwords = {"subword_count": subword_count, "shared_subwords": shared_subwords}
+        self.copy = copy
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
         self._places = {"train": "train" if train is None else train, "val": val, "test": test}
@@ -369,7 +430,7 @@ class PairData(L.LightningDataModule):
         """The codec, built from the training split when first asked for, unless it was given."""
         if self._codec is None:
             self._codec = PairCodec.from_pairs(
-                self.pairs("train"), *self.symbols, self.min_count, **self.subwords
+                self.pairs("train"), *self.symbols, self.min_count, **self.subwords, copy=self.copy
             )
         return self._codec
 
@@ -435,7 +496,7 @@ class PairData(L.LightningDataModule):
 
     def _training_rows(self, pairs: list[TextPair]) -> list[_Row]:
         codec = self.codec
-        rows = [_Row(codec.encode_source(s), codec.encode_target(t), s, None) for s, t in pairs]
+        rows = [_Row(codec.encode_source(s), codec.encode_target(t, s), s, None) for s, t in pairs]
         if self.max_length is None:
             return rows
         kept = [r for r in rows if max(len(r.source), len(r.target) - 2) <= self.max_length]
@@ -456,7 +517,7 @@ class PairData(L.LightningDataModule):
         return [
             _Row(
                 codec.encode_source(source),
-                codec.encode_target(answers[0]),
+                codec.encode_target(answers[0], source),
                 source,
                 [split(answer) for answer in dict.fromkeys(answers)],
             )
@@ -472,7 +533,7 @@ class PairData(L.LightningDataModule):
         return (ResumableLoader if shuffle else DataLoader)(
             rows,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, self.codec),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
