@@ -66,7 +66,8 @@ def compile_both(x: launch.Inputs) -> dict[str, Row]:
     plan = SimpleNamespace(warps=launch.WARPS, slices=1)
 
     def dispatch(kernel: object, grid: tuple[int], **arguments: object) -> None:
-        found.append(facts(kernel, grid, plan, **arguments))  # type: ignore[arg-type]
+        registers = {"maxnreg": launch.REGISTERS}
+        found.append(facts(kernel, grid, plan, **registers, **arguments))  # type: ignore[arg-type]
 
     state = x.gates.new_zeros(x.gates.shape[1], x.matrix.shape[0] // 4)
     real, launch.dispatch = launch.dispatch, dispatch
@@ -87,12 +88,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--hidden", nargs="+", type=int, default=[256])
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many of them")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     if interpreted(launch.forward_kernel):
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     rows: list[Row] = []
-    grid = itertools.product(options.capabilities, options.dtypes, options.hidden, VARIANTS)
+    grid = itertools.product(
+        options.capabilities, options.dtypes, options.hidden, VARIANTS[: options.variants]
+    )
     before = torch.backends.cuda.matmul.fp32_precision
     for capability, name, size, variant in grid:
         driver.set_active(_Driver(capability))

@@ -61,7 +61,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # what is compiled is kept by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

@@ -16,8 +16,9 @@ from .backward import backward_kernel
 from .forward import forward_kernel
 from .spec import FEEDBACKS
 
-ROWS, WARPS = 16, 8
-"""Batch rows of a program, the fewest that tensor cores multiply, and its warps."""
+ROWS, WARPS, REGISTERS = 16, 8, 248
+"""Batch rows of a program, the fewest that tensor cores multiply; its warps; registers of a thread,
+since the compiler, left to itself, would rather spill some than let one program run alone."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class Inputs:
             "LSTM": self.lstm,
             "FEEDBACK": self.feedback,
             "R": ROWS,
-            "NB": 64,
-            "KB": 64 if self.gates.dtype != torch.float32 else 32,
+            "NB": 32,
+            "KB": 32,
             "SB": 8,
             "AB": 32,
             "PRECISION": product_precision(self.gates),
@@ -203,7 +204,7 @@ def gradients(x: Inputs) -> Gradients:
 
 def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
     """Launch once."""
-    kernel[grid](**arguments, num_warps=WARPS, num_stages=1)
+    kernel[grid](**arguments, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS)
 
 
 def run_forward(
