@@ -290,7 +290,9 @@ def _measure(peer: str, beam: int) -> Iterator[Row]:
     """Rows with the rate: target symbols a second in training, words a second in decoding."""
     candidates = built(peer)
     if beam == 0:
-        calls = {name: partial(one.train, UPDATES) for name, one in candidates.items()}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(one.train, UPDATES) for name, one in candidates.items()
+        }
         symbols = [(batch.target[:, 1:] != PAD).sum().item() for batch in corpus()[1]]
         amount = UPDATES * sum(symbols) / len(symbols)
     else:
