@@ -1,0 +1,51 @@
+"""What the compiler makes of the attention decoder's kernels, without a GPU."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+RUNS = {
+    "sm_90": "--capabilities 90 --dtypes bf16 --variants 2",
+    "others": "--capabilities 80 100 --dtypes bf16 --variants 1",
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    for name, options in RUNS.items():
+        path = tmp_path_factory.mktemp("compile") / f"{name}.csv"
+        command = [sys.executable, "-m", "benchmarks.attention_facts", *options.split()]
+        subprocess.run([*command, "--output", path], check=True, cwd=ROOT, env=environment)
+        with path.open(newline="") as file:
+            found += list(csv.DictReader(file))
+    return found
+
+
+def test_every_capability_and_both_passes_are_there(rows):
+    assert {row["capability"] for row in rows} == {"80", "90", "100"}
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert {row["feedback"] for row in rows} == {"features", "context"}
+
+
+def test_nothing_spills(rows):
+    """sm_100's forward keeps one address on the stack: one store before the loop and one load."""
+    allowed = {"80": 0, "90": 0, "100": 2}
+    assert not [row for row in rows if int(row["spills"]) > allowed[row["capability"]]]
+
+
+def test_shared_memory_is_within_the_limit(rows):
+    assert max(int(row["shared"]) for row in rows) <= 166912
+
+
+def test_tensor_cores_multiply(rows):
+    assert not [
+        row for row in rows if int(row["mma"]) + int(row["wgmma"]) + int(row["tcgen05"]) == 0
+    ]
