@@ -189,7 +189,7 @@ def gradients(x: Inputs) -> Gradients:
     steps, batch, rows = x.gates.shape
     new, source = x.gates.new_empty, x.keys.shape[1]
     fed = FEEDBACKS[x.feedback] == "features"
-    wide = {"dtype": torch.float32}
+    wide: dict[str, Any] = {"dtype": torch.float32}
     return Gradients(
         new(steps, batch, rows),
         new(steps, batch, x.combine.shape[0] if fed else 0),
