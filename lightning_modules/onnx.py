@@ -95,5 +95,5 @@ def export_encoder(seq2seq: Seq2Seq, path: str | Path) -> None:
     inputs = {"source": torch.ones(2, 3, dtype=torch.int64), "lengths": torch.full((2,), 3)}
     dimensions = {"source": ("B", "S"), "lengths": ("B",)}
     states = "hc" if model.decoder.cell.startswith("lstm") else "h"
-    names = [f"{s}_l{index}" for index in range(len(model.decoder.layers)) for s in states]
+    names = [f"{s}_l{index}" for index in range(len(model.decoder.stack.layers)) for s in states]
     export(_Encoder(model), path, inputs, dimensions, ["keys", *names])

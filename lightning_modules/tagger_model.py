@@ -376,7 +376,7 @@ class TaggerModel(TagHead):
         characters: Tensor,
         character_lengths: Tensor,
         spellings: Tensor,
-        casings: Tensor,
+        casings: Tensor | None = None,
     ) -> Tensor:
         """Score the tags of each word in the first task.
 
@@ -386,7 +386,7 @@ class TaggerModel(TagHead):
             characters: [U, L] int64, of the distinct spellings.
             character_lengths: [U] int64.
             spellings: [B, T] int64, the row of `characters` of each word.
-            casings: [U] int64, the casing of each distinct spelling.
+            casings: [U] int64, the casing of each distinct spelling; None where `casing_size` is 0.
 
         Returns:
             Emissions [B, T, K].
@@ -402,7 +402,7 @@ class TaggerModel(TagHead):
         characters: Tensor,
         character_lengths: Tensor,
         spellings: Tensor,
-        casings: Tensor,
+        casings: Tensor | None = None,
     ) -> Tensor:
         """Return what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
         features = [self.words(self._forget(words))]
@@ -410,6 +410,10 @@ class TaggerModel(TagHead):
             spelt = self.characters(characters, character_lengths)
             features.append(F.embedding(spellings, spelt))
         if self.casings is not None:
+            if casings is None:
+                raise ValueError(
+                    "casings: expected [U] int64, because casing_size is positive, got None"
+                )
             features.append(F.embedding(spellings, self.casings(casings)))
         encoded, _ = self.stack(self.dropout(torch.cat(features, -1)), lengths=lengths)
         return self.dropout(encoded)

@@ -72,7 +72,7 @@ def test_numbers_are_predicted_from_the_features_of_each_step():
     assert predicted.shape == (2, 3, PREDICTED)
     assert weights is None
     state = model.encode(x, lengths)
-    hidden, _ = model.decoder(model.target_embedding(inputs), state.layers)
+    hidden, _ = model.decoder.stack(model.target_embedding(inputs), state.layers)
     torch.testing.assert_close(predicted, hidden @ model.output.weight.T + model.output.bias)
 
 
