@@ -7,7 +7,7 @@ MAX_TAGS = 64
 
 MAX_PATHS = 32
 
-WARPS = {16: 1, 32: 4, 64: 8}
+WARPS = {16: 1, 32: 2, 64: 16}
 """By K rounded up to a power of two: 8 or 16 scores a thread, with which nothing spills.
 
 A multiprocessor has four units of exponentials, one a warp; more warps wait for each other longer.
