@@ -8,12 +8,13 @@ from typing import Any, Protocol, Self, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torchmetrics import Metric
 
 import kernels
 
 FORMAT = 1
 """Of what a task writes into a checkpoint; a reader refuses a later one."""
-
 
 HEADER = {"format", "task", "version", "arguments", "codec", "seed"}
 """What every checkpoint of a task says, under `fusedrnn`."""
@@ -69,7 +70,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class Task(L.LightningModule):
-    """Base of the models that train on labelled text: `Tagger`, `Seq2Seq` and yours.
+    """Base of the models that train and are evaluated: `Tagger`, `Seq2Seq` and yours.
+
+    A subclass has a `training_step`, and scores a batch in `_evaluate`. What it counts stands in
+    `scores`, a module of metrics for each of the stages `val` and `test`, and is reset when an
+    evaluation starts; what else is to be shown at its end, `_report` shows.
 
     A checkpoint carries the codec and the plain constructor arguments, so that
     `load_from_checkpoint` needs neither the training data nor a configuration. It does not use
@@ -90,6 +95,7 @@ class Task(L.LightningModule):
         codec_class: the class of `codec`; set by each subclass.
         line_ends: whether `predict_lines` is to get lines with their line ends.
         monitor: the logged metric that says how good the model is.
+        scores: stage -> what counts there; empty in a task that only logs.
 
     Raises:
         TypeError: an argument is not plain data.
@@ -112,7 +118,56 @@ class Task(L.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.seed: int | None = None
+        self.scores = nn.ModuleDict()
         self._plateau_metric: float | None = None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Scores a batch of the validation split."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Scores a batch of the test split."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts to count, whatever an interrupted evaluation left."""
+        self._start("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Starts to count, whatever an interrupted evaluation left."""
+        self._start("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Reports what was counted, unless Lightning was only trying whether validation works."""
+        if not self.trainer.sanity_checking:
+            self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Reports what was counted."""
+        self._report("test")
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        """Scores a batch of the stage `val` or `test`."""
+        raise NotImplementedError(f"{type(self).__name__} has no _evaluate")
+
+    def _start(self, stage: str) -> None:
+        """Forgets what was counted in a stage."""
+        for metric in self._scores(stage).modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+    def _report(self, stage: str) -> None:
+        """Shows what was counted in a stage."""
+
+    def _scores(self, stage: str) -> Any:
+        return self.scores[stage] if stage in self.scores else nn.ModuleDict()
+
+    def _log_scores(self, stage: str, size: int) -> None:
+        """Logs each metric of a stage under its name, over a batch of `size` rows."""
+        for name, metric in self._scores(stage).items():
+            key = f"{stage}/{name}"
+            bar = key in ("val/loss", self.monitor)
+            self.log(key, metric, prog_bar=bar, batch_size=size)
 
     def predict_lines(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
         """Yields one line of result for each line of raw text, in order.

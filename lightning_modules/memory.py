@@ -47,17 +47,12 @@ class Memory(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        return self._loss("train", batch)
+        return self._loss(batch, "train")
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of a batch that is the same in every epoch."""
-        self._loss("val", batch)
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        self._loss(batch, stage)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of a batch that no validation sees."""
-        self._loss("test", batch)
-
-    def _loss(self, stage: str, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, stage: str) -> Tensor:
         loss = self.codec.loss(self(batch), batch)
         rows = batch.x.shape[1]
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=rows, sync_dist=stage != "train")

@@ -3,12 +3,14 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 @rank_zero_only
@@ -74,6 +76,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
             for cell, width, to_left in zip(row, widths, left, strict=True)
         )
         print("  ".join(padded).rstrip())
+
+
+def spread(items: Sequence[T], number: int) -> Sequence[T]:
+    """Returns at most `number` items from all over a sequence, evenly apart."""
+    return items[:: max(1, -(-len(items) // number))]
 
 
 def _files(module: L.LightningModule, key: str, suffix: str) -> list[Path]:

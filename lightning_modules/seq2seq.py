@@ -20,7 +20,7 @@ from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.batching import pad
 from lightning_modules.data.pairs import PairBatch, PairCodec
 from lightning_modules.data.speech import SpeechCodec
-from lightning_modules.reporting import log_figure, log_table
+from lightning_modules.reporting import log_figure, log_table, spread
 from lightning_modules.search import Hypotheses, SearchOptions, ensemble
 from lightning_modules.seq2seq_model import Seq2SeqModel, rename
 from lightning_modules.text_metrics import SacreBLEU, SymbolErrorRate, WordErrorRate
@@ -200,9 +200,6 @@ class Seq2Seq(Task):
             rename(self.model, checkpoint["state_dict"], "model.")
         super().check(checkpoint, path)
 
-    def _scores(self, stage: str) -> dict[str, Any]:
-        return cast(dict[str, Any], self.scores[stage])
-
     def forward(
         self, source: Tensor, source_lengths: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -229,14 +226,6 @@ class Seq2Seq(Task):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))
         return loss
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Scores a batch; see `Seq2Seq`."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Scores a batch; see `Seq2Seq`."""
-        self._evaluate(batch, "test")
-
     def _evaluate(self, batch: PairBatch, stage: str) -> None:
         assert batch.texts is not None and batch.references is not None
         scores = self._scores(stage)
@@ -257,9 +246,7 @@ class Seq2Seq(Task):
             references = [[join(answer) for answer in answers] for answers in batch.references]
             for name in scores.keys() & {"bleu", "bleu_lowercase"}:
                 scores[name].update([join(p) for p in predictions], references)
-        for name, metric in scores.items():
-            bar = stage == "val" and name in ("loss", self.score)
-            self.log(f"{stage}/{name}", metric, prog_bar=bar, batch_size=len(predictions))
+        self._log_scores(stage, len(predictions))
         means = (decoded.scores / decoded.lengths).flatten().tolist()
         sources = [row[:n].cpu() for row, n in zip(batch.source, batch.source_lengths, strict=True)]
         rows = zip(batch.texts, found, means, batch.references, sources, strict=True)
@@ -269,32 +256,13 @@ class Seq2Seq(Task):
             for prediction, answers, mean in zip(found, batch.references, means, strict=True)
         ]
 
-    def on_validation_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
-        self._start("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
-        self._start("test")
-
     def _start(self, stage: str) -> None:
+        super()._start(stage)
         self._samples, self._decoded = [], []
-        for metric in self._scores(stage).values():
-            metric.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Reports what was decoded."""
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Reports what was decoded."""
-        self._report("test")
 
     def _report(self, stage: str) -> None:
         """Logs sample outputs, alignments, histograms and the signature of BLEU."""
-        samples = _spread(self._samples, SAMPLES)
-        if self.trainer.sanity_checking:
-            return
+        samples = spread(self._samples, SAMPLES)
         join = self.codec.target_symbols.join
         columns = ["source", "prediction", "references", "mean_log_probability"]
         rows = [
@@ -320,7 +288,7 @@ class Seq2Seq(Task):
         log_figure(self, f"{stage}/mean_log_probabilities", figure)
         if self.model.attention is None:
             return
-        for number, row in enumerate(_spread(samples, ALIGNMENTS)):
+        for number, row in enumerate(spread(samples, ALIGNMENTS)):
             (weights,) = self._alignments([row.source], [row.prediction])
             labels = self.codec.source_labels(row.text, row.source)[:: self.source_stride]
             lines = [*self.codec.decode_target(row.prediction, row.text), "<eos>"]
@@ -654,12 +622,6 @@ class _Evaluation:
     def __exit__(self, *error: Any) -> None:
         self.no_grad.__exit__(*error)
         self.module.train(self.training)
-
-
-def _spread(items: list[Any], number: int) -> list[Any]:
-    """Returns at most `number` items from all over a list."""
-    step = max(1, -(-len(items) // number))
-    return items[::step]
 
 
 def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[str]) -> Figure:

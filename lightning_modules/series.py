@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -26,7 +26,7 @@ from lightning_modules.data.series import (
     read_numbers,
     read_times,
 )
-from lightning_modules.reporting import log_figure
+from lightning_modules.reporting import log_figure, spread
 from lightning_modules.seq2seq_model import Seq2SeqModel
 
 __all__ = ["AnomalyDetector", "Forecaster"]
@@ -62,9 +62,6 @@ class _SeriesTask(Task):
     def _new_scores(self) -> nn.ModuleDict:
         raise NotImplementedError
 
-    def _scores(self, stage: str) -> dict[str, Any]:
-        return cast(dict[str, Any], self.scores[stage])
-
     def forward(self, batch: SeriesBatch) -> Tensor:
         """Predicts the target of each window, float [B, T, targets], scaled."""
         raise NotImplementedError
@@ -80,47 +77,12 @@ class _SeriesTask(Task):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.target))
         return loss
 
-    def validation_step(self, batch: SeriesBatch, batch_idx: int) -> None:
-        """Scores a batch."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: SeriesBatch, batch_idx: int) -> None:
-        """Scores a batch."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: SeriesBatch, stage: str) -> None:
-        raise NotImplementedError
-
-    def _log_scores(self, stage: str, size: int) -> None:
-        for name, metric in self._scores(stage).items():
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", batch_size=size)
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
-        self._start("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
-        self._start("test")
-
     def _start(self, stage: str) -> None:
+        super()._start(stage)
         self._drawn = []
-        for metric in self._scores(stage).values():
-            metric.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Draws what was predicted."""
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Draws what was predicted."""
-        self._report("test")
 
     def _report(self, stage: str) -> None:
-        if self.trainer.sanity_checking:
-            return
-        step = max(1, -(-len(self._drawn) // PICTURES))
-        for number, tensors in enumerate(self._drawn[::step]):
+        for number, tensors in enumerate(spread(self._drawn, PICTURES)):
             log_figure(self, f"{stage}/window_{number}", self._figure(*tensors))
 
     def _figure(self, *tensors: Tensor) -> Figure:

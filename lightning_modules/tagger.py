@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -157,15 +157,7 @@ class Tagger(Task):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.words))
         return loss
 
-    def validation_step(self, batch: TaggingBatch, _: int) -> None:
-        """Score a batch of the validation split."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: TaggingBatch, _: int) -> None:
-        """Score a batch of the test split."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: TaggingBatch) -> None:
+    def _evaluate(self, batch: TaggingBatch, stage: str) -> None:
         features = self.model.encode(*batch[:6])
         tags = [batch.tags, *batch.other_tags]
         names = [batch.tag_names or [], *batch.other_names]
@@ -183,36 +175,18 @@ class Tagger(Task):
                     [" ".join(cell) for cell in row] for row in islice(rows, SAMPLES_PER_BATCH)
                 ]
 
-    def on_validation_epoch_start(self) -> None:
-        """Start to count."""
-        self._start("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start to count."""
-        self._start("test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the validation split."""
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of the test split, each label's, and the confusion matrix."""
-        self._report("test")
-
     def on_train_end(self) -> None:
         """Draw the confusion matrix of the last validation."""
         self._draw("val")
 
     def _start(self, stage: str) -> None:
-        for scores in self._scores(stage):
-            scores.reset()
+        super()._start(stage)
         self._samples = []
 
     def _report(self, stage: str) -> None:
+        """Logs the scores, samples and each label's scores, and after testing the confusions."""
         results = [scores.compute() for scores in self._scores(stage)]
         self._confusions = [confusion for _, _, confusion in results]
-        if self.trainer.sanity_checking:
-            return
         for task, (values, labels, _) in zip(self.codec.tasks, results, strict=True):
             key = f"{stage}/{task.name}".rstrip("/")
             self.log_dict({f"{key}/{name}": value for name, value in values.items()}, prog_bar=True)
@@ -225,9 +199,6 @@ class Tagger(Task):
         )
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._draw(stage)
-
-    def _scores(self, stage: str) -> list[Scores]:
-        return list(cast(Iterable[Scores], self.scores[stage]))
 
     def _draw(self, stage: str) -> None:
         for task, confusion in zip(self.codec.tasks, self._confusions, strict=False):
@@ -429,12 +400,6 @@ class Scores(nn.Module):
         rates = precision_recall_f1(counts).tolist()
         table = zip(names, rates, counts.tolist(), strict=True)
         return values, [[name, *rate, *row] for name, rate, row in table if any(row)], confusion
-
-    def reset(self) -> None:
-        """Start to count anew."""
-        for metric in (self.loss, self.counted, self.accuracy, self.confusion, self.spans):
-            if metric is not None:
-                metric.reset()
 
 
 def confusion_table(

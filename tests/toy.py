@@ -75,16 +75,10 @@ class ToyTask(Task):
         self.log("train/loss", loss, batch_size=batch.num_tokens)
         return loss
 
-    def evaluate(self, batch: ToyBatch, stage: str) -> None:
+    def _evaluate(self, batch: ToyBatch, stage: str) -> None:
         loss = self.loss(batch)
         self.log(f"{stage}/loss", loss, batch_size=batch.num_tokens, sync_dist=True, on_epoch=True)
         self.log(f"{stage}/accuracy", self.accuracy, on_epoch=True, batch_size=batch.num_tokens)
-
-    def validation_step(self, batch: ToyBatch, batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: ToyBatch, batch_idx: int) -> None:
-        self.evaluate(batch, "test")
 
     @torch.inference_mode()
     def predict_lines(self, lines: Iterable[str], upper: bool = False) -> Iterator[str]:

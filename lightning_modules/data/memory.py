@@ -1,16 +1,16 @@
 """Batches of a generated problem that needs a long memory."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
-import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader
+from lightning_modules.data.module import SPLITS, DataModule
 from lightning_modules.memory_model import Batch, Problem
 
 
-class MemoryData(L.LightningDataModule):
+class MemoryData(DataModule):
     """Rows of the adding problem, temporal order or copy memory, drawn when they are wanted.
 
     Every training batch is new; those of validation and test are the same in every epoch.
@@ -39,38 +39,22 @@ class MemoryData(L.LightningDataModule):
         rows: int = 1280,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in {"batch_size": batch_size, "steps": steps, "rows": rows}.items():
+        super().__init__(batch_size, seed=seed)
+        for name, value in {"steps": steps, "rows": rows}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.codec = Problem(problem, length)
-        self.batch_size, self.rows, self.seed = batch_size, rows, seed
-        self.sizes = {"train": steps * batch_size, "val": rows, "test": rows}
+        sizes = (steps * batch_size, rows, rows)
+        self._rows = {split: range(size) for split, size in zip(SPLITS, sizes, strict=True)}
 
-    def collate(self, split: str, numbers: list[int]) -> Batch:
+    def draw(self, split: str, numbers: list[int]) -> Batch:
         """Draws a batch from the numbers of its rows, so that it needs no other state."""
-        key = hash((self.seed, list(self.sizes).index(split), *numbers))
+        key = hash((self.seed, SPLITS.index(split), *numbers))
         generator = torch.Generator().manual_seed(key % 2**63)
         return self.codec.generate(len(numbers), generator)
 
-    def _loader(self, split: str) -> DataLoader:
-        shuffle, size = split == "train", self.sizes[split]
-        sampler = BucketBatchSampler([self.codec.length] * size, self.batch_size, None, shuffle)
-        kind = ResumableLoader if shuffle else DataLoader
-        return kind(
-            range(size),  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=lambda numbers: self.collate(split, numbers),
-        )
+    def _sizes(self, rows: range) -> list[int]:
+        return [self.codec.length] * len(rows)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches that are new in every epoch."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches that stay the same."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Others that stay the same."""
-        return self._loader("test")
+    def _collate(self, split: str) -> Callable[[list[int]], Batch]:
+        return partial(self.draw, split)

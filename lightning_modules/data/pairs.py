@@ -6,27 +6,20 @@ import gzip
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_modules.data import subwords
-from lightning_modules.data.batching import (
-    BucketBatchSampler,
-    ResumableLoader,
-    check_limits,
-    lengths,
-    pad,
-)
+from lightning_modules.data.batching import lengths, pad
 from lightning_modules.data.encoded import EncodedRows
+from lightning_modules.data.module import DataModule
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
@@ -282,14 +275,22 @@ class PairBatch(NamedTuple):
     references: list[list[list[str]]] | None = None
 
 
-class _Row(NamedTuple):
+class PairRow(NamedTuple):
+    """An encoded pair; `references` is None in training."""
+
     source: Any
     target: list[int]
     text: str
     references: list[list[str]] | None
 
 
-def _collate(codec: PairCodec, rows: list[_Row]) -> PairBatch:
+def collate(codec: PairCodec, rows: list[PairRow]) -> PairBatch:
+    """Makes a batch of encoded pairs.
+
+    Args:
+        codec: what encoded them.
+        rows: at least one.
+    """
     sources, targets = [row.source for row in rows], [row.target for row in rows]
     evaluated = rows[0].references is not None
     return PairBatch(
@@ -302,7 +303,7 @@ def _collate(codec: PairCodec, rows: list[_Row]) -> PairBatch:
     )
 
 
-class PairData(L.LightningDataModule):
+class PairData(DataModule):
     """Pairs of texts to learn from, from a file, the hub, or the built-in pronouncing dictionary.
 
     Give either files, or a `dataset`:
@@ -390,7 +391,7 @@ class PairData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, max_tokens, seed, num_workers)
         if train is None and dataset is None:
             raise ValueError("train, dataset: expected one of them")
         for name, count in (("min_count", min_count), ("subword_count", subword_count)):
@@ -405,7 +406,6 @@ class PairData(L.LightningDataModule):
             )
         if shared_subwords and source_lowercase != target_lowercase:
             raise ValueError("shared_subwords: expected both sides lower-cased, or neither")
-        check_limits(batch_size, max_tokens, num_workers)
         if dataset == "cmudict" and any(part is not None for part in (train, val, test)):
             raise ValueError("dataset: cmudict has its own splits; leave out train, val and test")
         self.symbols = (
@@ -416,27 +416,21 @@ class PairData(L.LightningDataModule):
         self.columns, self.column_names = (source_column, target_column), column_names
         self.stress, self.group_references = stress, group_references
         self.min_count, self.max_length, self.held_out = min_count, max_length, held_out
-        self.subwords = {"subword_count": subword_count, "shared_subwords": shared_subwords}
-        self.copy = copy
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.seed, self.num_workers = seed, num_workers
+        self.subword_count, self.shared_subwords, self.copy = subword_count, shared_subwords, copy
         self._places = {"train": "train" if train is None else train, "val": val, "test": test}
         self._pairs: dict[str, list[TextPair]] = {}
-        self._rows: dict[str, EncodedRows[_Row]] = {}
-        self._codec: PairCodec | None = None
 
-    @property
+    @cached_property
     def codec(self) -> PairCodec:
         """The codec, built from the training split when first asked for, unless it was given."""
-        if self._codec is None:
-            self._codec = PairCodec.from_pairs(
-                self.pairs("train"), *self.symbols, self.min_count, **self.subwords, copy=self.copy
-            )
-        return self._codec
-
-    @codec.setter
-    def codec(self, codec: PairCodec) -> None:
-        self._codec = codec
+        return PairCodec.from_pairs(
+            self.pairs("train"),
+            *self.symbols,
+            self.min_count,
+            self.subword_count,
+            self.shared_subwords,
+            self.copy,
+        )
 
     def pairs(self, split: str) -> list[TextPair]:
         """Returns the raw pairs of a split, read when first asked for.
@@ -475,18 +469,11 @@ class PairData(L.LightningDataModule):
         split = "train" if self.dataset is None else place
         return read_table(source, split, self.config, self.columns, self.column_names)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes the splits that a stage needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for split in wanted.get(stage or "", ()):
-            if split not in self._rows:
-                self._rows[split] = self._encode(split)
-
-    def _encode(self, split: str) -> EncodedRows[_Row]:
+    def _encode(self, split: str) -> EncodedRows[PairRow]:
         pairs, training = self.pairs(split), split == "train"
         key = [self.codec.to_dict(), pairs, training, self.max_length, self.group_references]
         encode = self._training_rows if training else self._evaluation_rows
-        return EncodedRows(_Row, lambda: encode(pairs), key)
+        return EncodedRows(PairRow, lambda: encode(pairs), key)
 
     def describe(self) -> dict[str, Any]:
         """Says in a few words what the data are, for a model card."""
@@ -494,9 +481,11 @@ class PairData(L.LightningDataModule):
         named = {"dataset": self.dataset, "configuration": self.config, **self._places}
         return {k: v for k, v in named.items() if v is not None} | {"columns": columns}
 
-    def _training_rows(self, pairs: list[TextPair]) -> list[_Row]:
+    def _training_rows(self, pairs: list[TextPair]) -> list[PairRow]:
         codec = self.codec
-        rows = [_Row(codec.encode_source(s), codec.encode_target(t, s), s, None) for s, t in pairs]
+        rows = [
+            PairRow(codec.encode_source(s), codec.encode_target(t, s), s, None) for s, t in pairs
+        ]
         if self.max_length is None:
             return rows
         kept = [r for r in rows if max(len(r.source), len(r.target) - 2) <= self.max_length]
@@ -505,7 +494,7 @@ class PairData(L.LightningDataModule):
             raise ValueError(f"max_length: no training pair is as short as {self.max_length}")
         return kept
 
-    def _evaluation_rows(self, pairs: list[TextPair]) -> list[_Row]:
+    def _evaluation_rows(self, pairs: list[TextPair]) -> list[PairRow]:
         codec = self.codec
         groups: list[tuple[str, list[str]]] = [(source, [target]) for source, target in pairs]
         if self.group_references:
@@ -515,7 +504,7 @@ class PairData(L.LightningDataModule):
             groups = list(targets.items())
         split = codec.target_symbols.split
         return [
-            _Row(
+            PairRow(
                 codec.encode_source(source),
                 codec.encode_target(answers[0], source),
                 source,
@@ -524,31 +513,11 @@ class PairData(L.LightningDataModule):
             for source, answers in groups
         ]
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        rows = self._rows[split]
-        sizes = list(map(sum, zip(rows.lengths("source"), rows.lengths("target"), strict=True)))
-        sampler = BucketBatchSampler(
-            sizes, self.batch_size, self.max_tokens, shuffle=shuffle, seed=self.seed
-        )
-        return (ResumableLoader if shuffle else DataLoader)(
-            rows,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=partial(_collate, self.codec),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def _sizes(self, rows: EncodedRows[PairRow]) -> list[int]:
+        return list(map(sum, zip(rows.lengths("source"), rows.lengths("target"), strict=True)))
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training split, reshuffled each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation split."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the test split."""
-        return self._loader("test")
+    def _collate(self, split: str) -> Callable[[list[PairRow]], PairBatch]:
+        return partial(collate, self.codec)
 
 
 def split_by_source(

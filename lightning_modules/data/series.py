@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader, check_limits
+from lightning_modules.data.module import SPLITS, DataModule
 from lightning_modules.data.sources import column, load_rows
 
 __all__ = ["AnomalyData", "SeriesBatch", "SeriesCodec", "SeriesData", "generate_series"]
 
-SPLITS = ("train", "val", "test")
 CALENDAR = 4
 """Numbers that tell the time of a row: sine and cosine of the hour and of the day of the week."""
 
@@ -174,55 +172,35 @@ class _Table(NamedTuple):
     labels: Tensor | None = None
 
 
-class _Windows(L.LightningDataModule):
+class _Windows(DataModule):
     """Windows of one long table, whose parts follow each other in time.
 
-    Subclasses say what a window is (`_window`), how many rows it has beyond those read, and where
-    windows start.
+    Subclasses read the table (`_read`), make the codec of its scales (`_make_codec`), and say where
+    windows start (`starts`) and what those of some rows hold (`_batch`).
     """
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        batch_size: int,
-        seed: int,
-        num_workers: int,
-    ) -> None:
-        super().__init__()
-        check_limits(batch_size, None, num_workers)
+    def __init__(self, rows: Sequence[int], batch_size: int, seed: int, num_workers: int) -> None:
+        super().__init__(batch_size, None, seed, num_workers)
         if len(rows) != len(SPLITS) or min(rows) < 1:
             raise ValueError(f"rows: expected three positive numbers of rows, got {list(rows)}")
         ends = [sum(rows[: n + 1]) for n in range(len(rows))]
         self.parts = dict(zip(SPLITS, zip([0, *ends], ends, strict=False), strict=True))
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self._table: _Table | None = None
-        self._codec: SeriesCodec | None = None
 
-    @property
+    @cached_property
     def table(self) -> _Table:
         """The whole series, read when first asked for, in the units of the table."""
-        if self._table is None:
-            self._table = self._read()
-            needed = self.parts["test"][1]
-            if len(self._table.values) < needed:
-                raise ValueError(
-                    f"rows: expected at least {needed} rows, got {len(self._table.values)}"
-                )
-        return self._table
+        table, needed = self._read(), self.parts["test"][1]
+        if len(table.values) < needed:
+            raise ValueError(f"rows: expected at least {needed} rows, got {len(table.values)}")
+        return table
 
-    @property
+    @cached_property
     def codec(self) -> SeriesCodec:
         """The codec, scaled by the training part when first asked for, unless it was given."""
-        if self._codec is None:
-            part = self.table.values[slice(*self.parts["train"])].double()
-            std = part.std(0, correction=0)
-            std = torch.where(std > 0, std, 1.0)
-            self._codec = self._make_codec(part.mean(0).tolist(), std.tolist())
-        return self._codec
-
-    @codec.setter
-    def codec(self, codec: SeriesCodec) -> None:
-        self._codec = codec
+        part = self.table.values[slice(*self.parts["train"])].double()
+        std = part.std(0, correction=0)
+        std = torch.where(std > 0, std, 1.0)
+        return self._make_codec(part.mean(0).tolist(), std.tolist())
 
     def _read(self) -> _Table:
         raise NotImplementedError
@@ -230,7 +208,7 @@ class _Windows(L.LightningDataModule):
     def _make_codec(self, mean: list[float], std: list[float]) -> SeriesCodec:
         raise NotImplementedError
 
-    def starts(self, split: str) -> range:
+    def starts(self, split: str) -> Sequence[int]:
         """Returns the first row of every window of a split.
 
         Args:
@@ -238,41 +216,27 @@ class _Windows(L.LightningDataModule):
         """
         raise NotImplementedError
 
-    def _collate(self, scaled: Tensor) -> Callable[[list[int]], SeriesBatch]:
-        raise NotImplementedError
-
     def setup(self, stage: str | None = None) -> None:
-        """Reads the table."""
+        """Reads the table, and finds the windows that a stage needs."""
         for split in SPLITS:
             if len(self.starts(split)) == 0:
                 first, end = self.parts[split]
                 raise ValueError(f"rows: no window fits into the {end - first} of {split}")
         self._scaled = self.codec.scale(self.table.values.double()).float()
+        super().setup(stage)
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        starts = self.starts(split)
-        sampler = BucketBatchSampler(
-            [1] * len(starts), self.batch_size, shuffle=shuffle, seed=self.seed
-        )
-        return (ResumableLoader if shuffle else DataLoader)(
-            starts,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=self._collate(self._scaled),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def _encode(self, split: str) -> Sequence[int]:
+        return self.starts(split)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training part, reshuffled each epoch."""
-        return self._loader("train", shuffle=True)
+    def _sizes(self, rows: Sequence[int]) -> list[int]:
+        return [1] * len(rows)
 
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation part."""
-        return self._loader("val")
+    def _collate(self, split: str) -> Callable[[list[int]], SeriesBatch]:
+        return self._batch
 
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the test part."""
-        return self._loader("test")
+    def _batch(self, starts: list[int]) -> SeriesBatch:
+        """Makes a batch of the windows that start at some rows."""
+        raise NotImplementedError
 
 
 class SeriesData(_Windows):
@@ -354,17 +318,12 @@ class SeriesData(_Windows):
         first, end = self.parts[split]
         return range(max(0, first - self.context), end - self.context - self.horizon + 1)
 
-    def _collate(self, scaled: Tensor) -> Callable[[list[int]], SeriesBatch]:
-        context, times = self.context, self.table.calendar
-
-        def collate(starts: list[int]) -> SeriesBatch:
-            places = torch.tensor(starts)[:, None]
-            read = places + torch.arange(context)
-            predicted = places + context + torch.arange(self.horizon)
-            target = scaled[predicted][..., self.codec.places]
-            return SeriesBatch(scaled[read], times[read], target, times[predicted])
-
-        return collate
+    def _batch(self, starts: list[int]) -> SeriesBatch:
+        times, places = self.table.calendar, torch.tensor(starts)[:, None]
+        read = places + torch.arange(self.context)
+        predicted = places + self.context + torch.arange(self.horizon)
+        target = self._scaled[predicted][..., self.codec.places]
+        return SeriesBatch(self._scaled[read], times[read], target, times[predicted])
 
 
 class AnomalyData(_Windows):
@@ -427,7 +386,7 @@ class AnomalyData(_Windows):
         assert self.columns is not None  # read with the table
         return SeriesCodec(self.columns, mean, std, self.columns, self.window, self.window)
 
-    def starts(self, split: str) -> Any:
+    def starts(self, split: str) -> Sequence[int]:
         """Returns the first row of every window of a split."""
         first, end = self.parts[split]
         if split != "train":
@@ -437,16 +396,12 @@ class AnomalyData(_Windows):
         windows = range(first, end - self.window + 1, self.stride)
         return [start for start in windows if not labels[start : start + self.window].any()]
 
-    def _collate(self, scaled: Tensor) -> Callable[[list[int]], SeriesBatch]:
-        table = self.table
-        assert table.labels is not None
-
-        def collate(starts: list[int]) -> SeriesBatch:
-            rows = torch.tensor(starts)[:, None] + torch.arange(self.window)
-            window, times = scaled[rows], table.calendar[rows]
-            return SeriesBatch(window, times, window, times, table.labels[rows])
-
-        return collate
+    def _batch(self, starts: list[int]) -> SeriesBatch:
+        labels = self.table.labels
+        assert labels is not None
+        rows = torch.tensor(starts)[:, None] + torch.arange(self.window)
+        window, times = self._scaled[rows], self.table.calendar[rows]
+        return SeriesBatch(window, times, window, times, labels[rows])
 
 
 def generate_series(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -7,24 +7,18 @@ import re
 import tarfile
 import wave
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import (
-    BucketBatchSampler,
-    ResumableLoader,
-    check_limits,
-    lengths,
-    pad,
-)
-from lightning_modules.data.pairs import Kind, PairBatch, PairCodec, Symbols
+from lightning_modules.data.batching import lengths
+from lightning_modules.data.module import SPLITS, DataModule
+from lightning_modules.data.pairs import Kind, PairBatch, PairCodec, PairRow, Symbols, collate
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
 __all__ = ["SpeechCodec", "SpeechData", "log_mel", "read_wav"]
@@ -255,14 +249,7 @@ def _kind(rate: int | None, features: int) -> str:
     return f"{features} features" if rate is None else f"a recording at {rate} Hz"
 
 
-class _Row(NamedTuple):
-    source: Tensor
-    target: list[int]
-    text: str
-    reference: list[str]
-
-
-class SpeechData(L.LightningDataModule):
+class SpeechData(DataModule):
     """Recordings, or files of features, whose names tell what is said and by whom.
 
     Whole groups (speakers) are kept for validation and testing, so that the scores are of voices
@@ -302,8 +289,7 @@ class SpeechData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        check_limits(batch_size, max_tokens, num_workers)
+        super().__init__(batch_size, max_tokens, seed, num_workers)
         if mels < 1:
             raise ValueError(f"mels: expected at least 1, got {mels}")
         try:
@@ -319,126 +305,75 @@ class SpeechData(L.LightningDataModule):
         self.path, self.target_symbols = path, Symbols(target_symbols)
         self.groups = {"val": val, "test": test}
         self.mels, self.center = mels, center
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.seed, self.num_workers = seed, num_workers
-        self._splits: dict[str, list[tuple[Tensor, str, str]]] | None = None
         self._rate: int | None = None
-        self._rows: dict[str, list[_Row]] = {}
-        self._codec: SpeechCodec | None = None
 
-    @property
+    @cached_property
     def splits(self) -> dict[str, list[tuple[Tensor, str, str]]]:
         """Features [S, features], text and file name of `train`, `val` and `test`."""
-        if self._splits is None:
-            splits: dict[str, list[tuple[Tensor, str, str]]] = {"train": [], "val": [], "test": []}
-            found, first = set(), None
-            for name, file in _files(Path(self.path)):
-                match = self.pattern.search(name)
-                if match is None:
-                    continue
-                features, rate = describe(file, self.mels, name)
-                first = (rate, features.shape[1]) if first is None else first
-                if first != (rate, features.shape[1]):
-                    got = _kind(rate, features.shape[1])
-                    raise ValueError(f"{name}: expected {_kind(*first)} as before, got {got}")
-                found.add(match["group"])
-                split = next((s for s, g in self.groups.items() if match["group"] in g), "train")
-                splits[split].append((features, match["text"], name))
-            for split, groups in self.groups.items():
-                absent = [group for group in groups if group not in found]
-                if absent:
-                    known = ", ".join(sorted(found))
-                    raise ValueError(f"{split}: no group {absent[0]!r}; {self.path} has {known}")
-            if not splits["train"]:
-                raise ValueError("val, test: they leave no group for training")
-            self._splits, self._rate = splits, first[0] if first else None
-        return self._splits
+        splits: dict[str, list[tuple[Tensor, str, str]]] = {split: [] for split in SPLITS}
+        found, first = set(), None
+        for name, file in _files(Path(self.path)):
+            match = self.pattern.search(name)
+            if match is None:
+                continue
+            features, rate = describe(file, self.mels, name)
+            first = (rate, features.shape[1]) if first is None else first
+            if first != (rate, features.shape[1]):
+                got = _kind(rate, features.shape[1])
+                raise ValueError(f"{name}: expected {_kind(*first)} as before, got {got}")
+            found.add(match["group"])
+            split = next((s for s, g in self.groups.items() if match["group"] in g), "train")
+            splits[split].append((features, match["text"], name))
+        for split, groups in self.groups.items():
+            absent = [group for group in groups if group not in found]
+            if absent:
+                known = ", ".join(sorted(found))
+                raise ValueError(f"{split}: no group {absent[0]!r}; {self.path} has {known}")
+        if not splits["train"]:
+            raise ValueError("val, test: they leave no group for training")
+        self._rate = first[0] if first else None
+        return splits
 
-    @property
+    @cached_property
     def codec(self) -> SpeechCodec:
         """The codec, built from the training split when first asked for, unless it was given."""
-        if self._codec is None:
-            rows = self.splits["train"]
-            texts = [text for _, text, _ in rows]
-            symbols = self.target_symbols.learn(texts, 1000)
-            counts = Counter(symbol for text in texts for symbol in symbols.split(text))
-            size = rows[0][0].shape[1]
-            plain = SpeechCodec(
-                Vocabulary.from_counts(counts, 1, SPECIALS),
-                symbols,
-                size,
-                self._rate,
-                [0.0] * size,
-                [1.0] * size,
-                self.center,
-            )
-            frames = torch.cat([plain.scale(features) for features, _, _ in rows]).double()
-            std = frames.std(0, correction=0)
-            plain.mean = frames.mean(0).tolist()
-            plain.std = torch.where(std > 0, std, 1.0).tolist()
-            self._codec = plain
-        return self._codec
-
-    @codec.setter
-    def codec(self, codec: SpeechCodec) -> None:
-        self._codec = codec
-
-    def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes the splits that a stage needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        codec = self.codec
-        for split in wanted.get(stage or "", ()):
-            self._rows[split] = [
-                _Row(
-                    codec.scale(features),
-                    codec.encode_target(text),
-                    name,
-                    codec.target_symbols.split(text),
-                )
-                for features, text, name in self.splits[split]
-            ]
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        rows = self._rows[split]
-        sampler = BucketBatchSampler(
-            [len(row.source) for row in rows],
-            self.batch_size,
-            self.max_tokens,
-            shuffle=shuffle,
-            seed=self.seed,
+        rows = self.splits["train"]
+        texts = [text for _, text, _ in rows]
+        symbols = self.target_symbols.learn(texts, 1000)
+        counts = Counter(symbol for text in texts for symbol in symbols.split(text))
+        size = rows[0][0].shape[1]
+        plain = SpeechCodec(
+            Vocabulary.from_counts(counts, 1, SPECIALS),
+            symbols,
+            size,
+            self._rate,
+            [0.0] * size,
+            [1.0] * size,
+            self.center,
         )
+        frames = torch.cat([plain.scale(features) for features, _, _ in rows]).double()
+        std = frames.std(0, correction=0)
+        plain.mean = frames.mean(0).tolist()
+        plain.std = torch.where(std > 0, std, 1.0).tolist()
+        return plain
 
-        def collate(batch: list[_Row]) -> PairBatch:
-            source, sizes = self.codec.collate_sources([row.source for row in batch])
-            targets = [row.target for row in batch]
-            count = int(sizes.sum()) + sum(map(len, targets))
-            texts, references = None, None
-            if not shuffle:
-                texts = [row.text for row in batch]
-                references = [[row.reference] for row in batch]
-            return PairBatch(
-                source, sizes, pad(targets), lengths(targets), count, texts, references
+    def _encode(self, split: str) -> list[PairRow]:
+        codec, training = self.codec, split == "train"
+        return [
+            PairRow(
+                codec.scale(features),
+                codec.encode_target(text),
+                name,
+                None if training else [codec.target_symbols.split(text)],
             )
+            for features, text, name in self.splits[split]
+        ]
 
-        return (ResumableLoader if shuffle else DataLoader)(
-            rows,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def _sizes(self, rows: list[PairRow]) -> list[int]:
+        return [len(row.source) for row in rows]
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training split, reshuffled each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation split."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the test split."""
-        return self._loader("test")
+    def _collate(self, split: str) -> Callable[[list[PairRow]], PairBatch]:
+        return partial(collate, self.codec)
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_modules.data.batching import (
-    BucketBatchSampler,
-    ResumableLoader,
-    check_limits,
-    lengths,
-    pad,
-)
+from lightning_modules.data.batching import lengths, pad
 from lightning_modules.data.encoded import EncodedRows
+from lightning_modules.data.module import DataModule
 from lightning_modules.data.readers import Sentence, check_tag, read_columns, read_conllu
 from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
@@ -354,7 +347,7 @@ class Row(NamedTuple):
     other_names: tuple[list[str], ...] = ()
 
 
-class TaggingData(L.LightningDataModule):
+class TaggingData(DataModule):
     r"""Tagged sentences to learn from, from files, the hub, or the built-in treebank.
 
     Give either files, or a `dataset`:
@@ -432,7 +425,7 @@ class TaggingData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, max_tokens, seed, num_workers)
         if train is None and dataset is None:
             raise ValueError("train, dataset: expected one of them")
         if dataset == BUILTIN and any(part is not None for part in (train, val, test)):
@@ -447,7 +440,6 @@ class TaggingData(L.LightningDataModule):
         for name, value in (("min_count", min_count), ("max_characters", max_characters)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        check_limits(batch_size, max_tokens, num_workers)
         self.dataset, self.config = dataset, config
         self.token_column, self.delimiter = token_column, delimiter
         listed = tag_column is not None and not isinstance(tag_column, int | str)
@@ -457,8 +449,6 @@ class TaggingData(L.LightningDataModule):
         self.scheme = scheme
         self.vectors, self.max_vectors = vectors, max_vectors
         self.max_length = max_length
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.seed, self.num_workers = seed, num_workers
         self._codec_options: dict[str, Any] = {
             "encoding": encoding,
             "min_count": min_count,
@@ -471,7 +461,6 @@ class TaggingData(L.LightningDataModule):
             names = {"train": "train", "val": "validation", "test": "test"}
             self._places = {split: self._places[split] or name for split, name in names.items()}
         self._sentences: dict[str, list[Sentence]] = {}
-        self._rows: dict[str, EncodedRows[Row]] = {}
 
     @cached_property
     def codec(self) -> TaggingCodec:
@@ -536,20 +525,18 @@ class TaggingData(L.LightningDataModule):
         indices = _index(self.token_column, 0, place), _index(tag, -1, place)
         return read_columns(place, *indices, self.delimiter, scheme)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and encode the splits that a stage needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for split in wanted.get(stage or "", ()):
-            if split not in self._rows:
-                sentences = self.sentences(split)
-                if split == "train":
-                    sentences = self._short(sentences)
-                self._rows[split] = self._encode(sentences, split == "train")
-
-    def _encode(self, sentences: list[Sentence], training: bool) -> EncodedRows[Row]:
-        codec = self.codec
+    def _encode(self, split: str) -> EncodedRows[Row]:
+        codec, sentences, training = self.codec, self.sentences(split), split == "train"
+        if training:
+            sentences = self._short(sentences)
         key = [codec.to_dict(), sentences, training]
         return EncodedRows(Row, lambda: (codec.encode(s, training) for s in sentences), key)
+
+    def _sizes(self, rows: EncodedRows[Row]) -> list[int]:
+        return rows.lengths("words")
+
+    def _collate(self, split: str) -> Callable[[list[Row]], TaggingBatch]:
+        return self.codec.batch
 
     def describe(self) -> dict[str, Any]:
         """Say in a few words what the data are, for a model card."""
@@ -575,35 +562,6 @@ class TaggingData(L.LightningDataModule):
         if not kept:
             raise ValueError(f"max_length: no training sentence is as short as {self.max_length}")
         return kept
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        rows = self._rows[split]
-        sampler = BucketBatchSampler(
-            rows.lengths("words"),
-            self.batch_size,
-            self.max_tokens,
-            shuffle=shuffle,
-            seed=self.seed,
-        )
-        return (ResumableLoader if shuffle else DataLoader)(
-            rows,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=self.codec.batch,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training split, reshuffled each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation split."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the test split."""
-        return self._loader("test")
 
 
 def read_builtin(tag_column: str = "upos") -> dict[str, list[Sentence]]:

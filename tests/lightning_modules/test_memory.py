@@ -73,7 +73,7 @@ def test_batches_are_new_each_epoch_and_the_same_each_run():
 
 @pytest.mark.parametrize("name", ["batch_size", "steps", "rows"])
 def test_numbers_are_checked(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected (at least 1|a positive number), got 0"):
         MemoryData(**{name: 0})
 
 

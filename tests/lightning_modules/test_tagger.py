@@ -357,20 +357,18 @@ def test_scores_of_single_labels_by_hand() -> None:
     scores = Scores(codec.tasks[0])
     batch = codec.batch([codec.encode(Sentence(list("abcd"), ["N", "V", "V", "X"]))])
     paths = torch.tensor([[0, 0, 1, 1]])
-    for _ in range(2):
-        scores.update(torch.tensor(6.0), torch.tensor(3), paths, batch.tags, [], [])
-        values, table, confusion = scores.compute()
-        assert {name: float(value) for name, value in values.items()} == {
-            "loss": 2,
-            "accuracy": 0.5,
-        }
-        assert table == [
-            ["N", 1 / 2, 1.0, 2 / 3, 1, 2, 1],
-            ["V", 1 / 2, 1 / 2, 1 / 2, 1, 2, 2],
-            ["<unseen>", 0.0, 0.0, 0.0, 0, 0, 1],
-        ]
-        assert confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
-        scores.reset()
+    scores.update(torch.tensor(6.0), torch.tensor(3), paths, batch.tags, [], [])
+    values, table, confusion = scores.compute()
+    assert {name: float(value) for name, value in values.items()} == {
+        "loss": 2,
+        "accuracy": 0.5,
+    }
+    assert table == [
+        ["N", 1 / 2, 1.0, 2 / 3, 1, 2, 1],
+        ["V", 1 / 2, 1 / 2, 1 / 2, 1, 2, 2],
+        ["<unseen>", 0.0, 0.0, 0.0, 0, 0, 1],
+    ]
+    assert confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
 
 
 def test_confusion_table() -> None:
