@@ -177,7 +177,7 @@ def _lstm(raw: Gates, s: Step, new: State, w: Weights) -> None:
     torch.mul(o, _tanh(c, out=s.apart), out=new[0])
 
 
-def _gate_factors(s: Saved, tanh_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gate_factors(s: Saved, tanh_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d(i, f, g)/dc_t, [..., 3, H], and do/dh_t, before activation; dh_t/dc_t; c_t.
 
     With the products u = i g, v = f c_{t-1} and h = o tanh(c_t), which several of them share:
@@ -202,7 +202,7 @@ def _gates_grad(d: Gates, factors: Sequence[Tensor], dc: Tensor, dh: Tensor) -> 
 
 def _lstm_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
     """Those of the gates, dc_t/dh_t, dc_{t-1}/dc_t and, for peepholes, c_t."""
-    joint, do, through, c = _gate_factors(s, s.apart)
+    joint, do, through, c = gate_factors(s, s.apart)
     f = s.gates.chunk(4, -1)[1]
     if not w.params:
         return joint, do, through, f
@@ -262,7 +262,7 @@ def _lstm_layernorm_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
     normed, *of_cell = _normed(cell)
     tanh_c = torch.addcmul(ln_c_bias.unsqueeze(1), normed, ln_c.unsqueeze(1))
     tanh_(tanh_c)
-    return *_gate_factors(s, tanh_c)[:3], *of_cell, *_normed(recurrent)[1:]
+    return *gate_factors(s, tanh_c)[:3], *of_cell, *_normed(recurrent)[1:]
 
 
 def _lstm_layernorm_grad(

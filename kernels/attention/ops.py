@@ -7,7 +7,7 @@ outside the time loop are plain torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ..torch_loop import product_grad
 from . import launch
 from .forward import forward_kernel
 from .launch import Buffers, Gradients, Inputs
-from .spec import FEEDBACKS, Decoded, DecoderWeights, Masks, Problem, Sampling, State
-from .torch_loop import AdditiveGrads, Run, Sources, chunks, pack, source_grads
+from .sources import AdditiveGrads, AdditiveScore, Asked, chunks, hide_padding, source_grads
+from .spec import FEEDBACKS, Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
 
 
 def _tensors(value: Buffers | Gradients) -> list[Tensor]:
@@ -186,7 +186,7 @@ class Decoder(torch.autograd.Function):
                 "backend='reference' for gradients of gradients (create_graph=True)"
             )
         inputs, kept = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-        gates, matrix, keys, projected, query, energy, weight, *_ = inputs
+        gates, matrix, keys, projected, _, energy, weight, *_ = inputs
         d_features, d_joined, d_weights, dh, dc = grads
         saved, size, dtype = Buffers(*kept), matrix.shape[0] // 4, gates.dtype
         back = Gradients(
@@ -201,17 +201,17 @@ class Decoder(torch.autograd.Function):
                 if ctx.lstm else None,
             )
         )  # fmt: skip
-        problem = Problem("lstm" if ctx.lstm else "gru", FEEDBACKS[ctx.feedback])
-        sources = Sources(keys, projected, keys.new_empty(0), query, energy, weight)
-        run = Run(
-            [saved.gates], [saved.seen], [], saved.joined, saved.weights.to(dtype), saved.coverage,
-            saved.query, saved.features,
-        )  # fmt: skip
-        d_context = back.joined[..., : keys.shape[2]].to(dtype)
+        queries = saved.seen[:-1, :, -size:]
+        if FEEDBACKS[ctx.feedback] != "context":
+            queries = saved.joined[..., -size:]
+        seen = saved.coverage[:-1] if weight is not None else None
         d_sources = source_grads(
-            problem, run, sources, d_context, back.score.to(dtype), back.query,
-            _additive(run, sources, back.score),
-        )  # fmt: skip
+            Asked(queries, saved.weights.to(dtype), seen),
+            back.joined[..., : keys.shape[2]].to(dtype),
+            back.score.to(dtype),
+            back.query,
+            _additive(saved, back.score, projected, energy, weight),
+        )
         d_combine = None
         if ctx.feedback == FEEDBACKS.index("features"):
             d_combine = product_grad(back.features, saved.joined)
@@ -233,21 +233,42 @@ def _dense(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _additive(run: Run, sources: Sources, score: Tensor) -> AdditiveGrads:
+def _additive(
+    saved: Buffers, score: Tensor, projected: Tensor, energy: Tensor | None, weight: Tensor | None
+) -> AdditiveGrads | None:
     """What an additive score alone has, in float32."""
-    wide = Sources(
-        sources.keys, *(None if v is None else v.float() for v in (
-            sources.projected, sources.bias, sources.query, sources.energy, sources.coverage,
-        ))
-    )  # fmt: skip
-    out = AdditiveGrads(wide)
-    if sources.energy is not None:
-        query = replace(run, query=run.query.float())
-        for first, last in chunks(run):
-            now = slice(first, last)
-            hidden, slope = wide.slope(query, now)
-            out.add(hidden, slope, score[now], run.coverage[now])
-    return out
+    if energy is None:
+        return None
+    wide = None if weight is None else weight.float()
+    additive = AdditiveScore(projected.float(), energy.float(), wide)
+    grads = AdditiveGrads(additive)
+    for first, last in chunks(len(score), projected.numel()):
+        now = slice(first, last)
+        seen = None if weight is None else saved.coverage[now]
+        sigma = additive.sigma(saved.query[now].float(), seen)
+        slope = torch.addcmul(sigma, sigma, sigma, value=-1)
+        grads.add(sigma, slope, score[now], seen)
+    return grads
+
+
+def pack(cell: str, layer: LayerWeights) -> tuple[Tensor, Tensor]:
+    """One matrix [4H, N + H] of a layer, for its input and h, and its bias [4H].
+
+    The blocks are i f g o of the LSTM; r z n of the GRU, n without its recurrent part, which is the
+    fourth.
+    """
+    w_ih, w_hh, b_ih, b_hh = layer
+    zero = w_hh.new_zeros(w_hh.shape[0])
+    b_ih, b_hh = zero if b_ih is None else b_ih, zero if b_hh is None else b_hh
+    if cell == "lstm":
+        return torch.cat([w_ih, w_hh], 1), b_ih + b_hh
+    two, size = 2 * w_hh.shape[1], w_hh.shape[1]
+    blocks = [
+        torch.cat([w_ih[:two], w_hh[:two]], 1),
+        F.pad(w_ih[two:], (0, size)),
+        F.pad(w_hh[two:], (w_ih.shape[1], 0)),
+    ]
+    return torch.cat(blocks), torch.cat([b_ih[:two] + b_hh[:two], b_ih[two:], b_hh[two:]])
 
 
 def decode(
@@ -271,9 +292,7 @@ def decode(
     """
     _check(x, weights, sampling)
     masks = Masks() if masks is None else masks
-    if lengths is not None:
-        padding = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
-        keys, projected = (v.masked_fill(padding[..., None], 0.0) for v in (keys, projected))
+    keys, projected, _ = hide_padding(keys, projected, lengths)
     matrix, bias = pack(problem.cell, weights.layers[0])
     lowest, below = matrix.split((x.shape[2], matrix.shape[1] - x.shape[2]), 1)
     h, *c = states[0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kernels.attention import FEEDBACKS, Sampling, decode, reference, torch_loop
+from kernels.attention import FEEDBACKS, Sampling, decode, reference, sources, torch_loop
 from tests.kernels.attention_cases import KINDS, flatten, outputs_and_gradients, random_case
 
 BACKENDS = {"torch": torch_loop.decode, "reference": reference.decode}
@@ -123,7 +123,7 @@ def test_gradient_of_one_result(feedback, only):
 def test_chunks_of_factors_change_nothing(chunk, monkeypatch):
     case = random_case("lstm", "features", "additive", coverage=True, steps=7)
     expected = outputs_and_gradients(reference.decode, case)
-    monkeypatch.setattr(torch_loop, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "CHUNK", chunk)
     assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
 
 
