@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ import benchmarks
 from .registry import BENCHMARKS, Row, environment, read, write
 
 RESULTS = Path(__file__).parent / "results"
+R = TypeVar("R", bound=Mapping[str, object])
 NO_GPU: Row = {"status": "no GPU has run this"}
 
 
@@ -102,7 +104,7 @@ def _text(row: Row) -> str:
     return ", ".join(f"{key} {value}" for key, value in row.items())
 
 
-def _matching(rows: Sequence[Mapping[str, object]], columns: Row) -> list[Mapping[str, object]]:
+def _matching(rows: Sequence[R], columns: Row) -> list[R]:
     """The rows that agree with `columns`, all compared as the file has them."""
     return [r for r in rows if all(str(r.get(name)) == str(v) for name, v in columns.items())]
 

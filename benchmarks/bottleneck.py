@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def train(attention: str, seed: int, steps: int = STEPS, longest: int = LONGEST)
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     size = END + 1 + DIGITS
-    sizes = {"encoder_sizes": [HIDDEN], "decoder_sizes": [2 * HIDDEN]}
+    sizes: dict[str, Any] = {"encoder_sizes": [HIDDEN], "decoder_sizes": [2 * HIDDEN]}
     model = Seq2SeqModel(size, size, EMBEDDING, attention=attention, **sizes)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -134,7 +135,7 @@ def compile_plan(plan: LaunchPlan, masked: bool = False) -> Row:
     """
     found: Row = {}
 
-    def dispatch(*launch_arguments: object, **arguments: object) -> None:
+    def dispatch(*launch_arguments: Any, **arguments: Any) -> None:
         found.update(facts(*launch_arguments, **arguments))
 
     def new(*shape: int, dtype: torch.dtype = plan.dtype) -> torch.Tensor:

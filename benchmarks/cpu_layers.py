@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .registry import Case, benchmark, interleave, spread
 
 STEPS, BATCH, SIZE = 64, 32, 256
 ROUNDS = 15
-SHAPE = {"num_layers": 2, "bidirectional": True}
+SHAPE: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
 
 
 def _padded(layer: nn.Module, x: Tensor, **arguments: Tensor) -> Callable[[], None]:

@@ -85,7 +85,8 @@ class Problem:
         """The same by flair's CRF, ViterbiLoss and ViterbiDecoder, with two more tags."""
         crf, viterbi = flair_modules()
         size = self.num_tags
-        sys.modules["flair"].device = self.emissions.device
+        flair: Any = sys.modules["flair"]
+        flair.device = self.emissions.device
         names = _Names([*map(str, range(size)), START, STOP])
         module = crf.CRF(names, len(names), init_from_state_dict=False)
         with torch.no_grad():
@@ -134,7 +135,8 @@ def flair_modules() -> tuple[Any, Any]:
     """
     folder = "flair.models.sequence_tagger_utils"
     try:
-        return tuple(importlib.import_module(f"{folder}.{name}") for name in ("crf", "viterbi"))
+        crf, viterbi = (importlib.import_module(f"{folder}.{name}") for name in ("crf", "viterbi"))
+        return crf, viterbi
     except ImportError:
         found = importlib.util.find_spec("flair")
         if found is None or found.origin is None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from fusedrnn import RecurrentStack
 from .long_dependencies import CLIP, RESULTS, make_task
 from .registry import Case, Row, benchmark, read
 
-VARIANTS: dict[str, dict[str, bool]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "residual + layer norm": {"residual": True, "layer_norm": True},
 }
@@ -38,6 +39,7 @@ def _train(name: str, seed: int) -> Iterator[Row]:
     recent: list[float] = []
     for step in range(1, STEPS + 1):
         batch = task.generate(BATCH)
+        assert batch.lengths is not None
         y, _ = stack(batch.x, lengths=batch.lengths)
         loss = task.loss(head(y[batch.lengths - 1, torch.arange(BATCH)]), batch)
         optimizer.zero_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedrnn
+from fusedrnn.base import RecurrentBase
 from kernels.persistent import launch
 
 from .registry import Case, Findings, Row, benchmark, spread
@@ -32,8 +33,8 @@ class Layer:
     """One layer: our class and options, and cuDNN's nearest."""
 
     name: str
-    ours: type[nn.RNNBase]
-    theirs: type[nn.RNNBase]
+    ours: Callable[..., RecurrentBase]
+    theirs: Callable[..., nn.RNNBase]
     options: tuple[tuple[str, object], ...] = ()
 
 
@@ -53,10 +54,12 @@ CASES = {
 def _precision(name: str) -> None:
     kind = "tf32" if name == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.rnn.fp32_precision = kind
+    torch.backends.cudnn.rnn.fp32_precision = kind  # type: ignore[attr-defined]
 
 
-def _layers(case: Layer, size: int, dtype: torch.dtype, **shape: object) -> tuple[nn.Module, ...]:
+def _layers(
+    case: Layer, size: int, dtype: torch.dtype, **shape: object
+) -> tuple[RecurrentBase, nn.RNNBase]:
     torch.manual_seed(0)
     ours = case.ours(size, size, **shape, **dict(case.options), backend="triton")
     theirs = case.theirs(size, size, **shape)
@@ -116,7 +119,8 @@ def _accuracy(cell: str, dtype: str, hidden_size: int) -> Iterator[Row]:
     results = []
     for layer in (exact, ours, theirs):
         y = layer(x.to(next(layer.parameters()).dtype))[0]
-        (grad,) = torch.autograd.grad(y.double().square().sum(), layer.weight_hh_l0)
+        weight = layer.get_parameter("weight_hh_l0")
+        (grad,) = torch.autograd.grad(y.double().square().sum(), weight)
         results.append((y.detach().double(), grad.double()))
     row: Row = {}
     for index, what in enumerate(("y", "dw_hh")):

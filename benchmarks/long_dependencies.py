@@ -95,7 +95,8 @@ def train(
     """Train one model, and yield what is known of it every `options.every` steps and at the end."""
     torch.manual_seed(seed)
     task = make_task(name)
-    model = MemoryModel(task.name, task.length, cell, bias, options.hidden_size)
+    carry: Any = bias  # "none" where the cell has no carry gate to set it of
+    model = MemoryModel(task.name, task.length, cell, carry, options.hidden_size)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     start, recent = time.perf_counter(), []
     for step in itertools.count():

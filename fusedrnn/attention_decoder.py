@@ -91,7 +91,7 @@ class DecoderState(NamedTuple):
             kept = rows // (count // len(self.source.lengths))
         elif len(kept) == len(self.source.lengths):
             return self.source
-        return EncodedSource(*(None if v is None else v[kept] for v in self.source))
+        return EncodedSource(*(None if v is None else v[kept] for v in self.source))  # type: ignore[arg-type]
 
 
 class DecoderOutput(NamedTuple):

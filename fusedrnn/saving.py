@@ -45,14 +45,14 @@ def saveable(kind: Kind) -> Kind:
     signature = inspect.signature(build)
 
     @functools.wraps(build)
-    def build_and_remember(self: nn.Module, *values: Any, **named: Any) -> None:
+    def build_and_remember(self: Any, *values: Any, **named: Any) -> None:
         build(self, *values, **named)
         given = signature.bind(self, *values, **named)
         given.apply_defaults()
         (_, *rest) = given.arguments.items()
         self.arguments = {name: None if isinstance(v, Tensor) else v for name, v in rest}
 
-    kind.__init__ = build_and_remember  # type: ignore[misc]
+    kind.__init__ = build_and_remember  # type: ignore[method-assign]
     return kind
 
 

@@ -160,7 +160,7 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
             parser_kwargs=_parser_kwargs(),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=args,
+            args=args if isinstance(args, dict) else list(args),
         )
     except (ValueError, OSError) as error:
         if isinstance(error, CheckpointError) or _raised_by_data(error):
@@ -169,7 +169,7 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
     for logger in cli.trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.close()
-    for callback in cli.trainer.callbacks:
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, LastCheckpoint) and callback.received is not None:
             raise SystemExit(128 + callback.received)  # as the shell says of what a signal ended
     return cli

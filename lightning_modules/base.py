@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 import kernels
@@ -197,7 +198,7 @@ class Task(L.LightningModule):
             return optimizer
         scheduler = self.scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", self.monitor)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
@@ -236,17 +237,22 @@ class Task(L.LightningModule):
         on resuming.
         """
         for config in self.trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and self._plateau_metric is not None:
-                config.scheduler.step(self._plateau_metric)
+            scheduler, metric = config.scheduler, self._plateau_metric
+            if isinstance(scheduler, ReduceLROnPlateau) and metric is not None:
+                scheduler.step(metric)
         self._plateau_metric = None
 
     def _pending_plateau_metric(self) -> float | None:
         """Returns the metric of an epoch at whose end the plateau schedulers have yet to step."""
         loop = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current
+        epoch = cast(Any, loop.epoch_progress.current)  # which Lightning declares too narrowly
         if epoch.started == epoch.completed or not loop.epoch_loop.batch_progress.is_last_batch:
             return None
-        monitors = [c.monitor for c in self.trainer.lr_scheduler_configs if c.reduce_on_plateau]
+        monitors = [
+            config.monitor
+            for config in self.trainer.lr_scheduler_configs
+            if config.reduce_on_plateau and config.monitor is not None
+        ]
         metric = self.trainer.callback_metrics.get(monitors[0]) if monitors else None
         return None if metric is None else metric.item()
 

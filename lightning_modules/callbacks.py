@@ -65,7 +65,8 @@ class Throughput(Callback):
         self._stop()
         self._since = time.perf_counter()
         self._tokens += int(batch.num_tokens)
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if trainer.global_step % max(1, every) == 0:
             seconds = max(self._seconds, 1e-9)
             for name, value, reduce in (
                 ("tokens_per_second", self._tokens / seconds, "sum"),
@@ -273,7 +274,8 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             trainer.should_stop = True
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if ends and not trainer.is_last_batch and not trainer.fast_dev_run:
+        trying = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if ends and not trainer.is_last_batch and not trying:
             path = self.format_checkpoint_name(self._monitor_candidates(trainer))
             self._save_checkpoint(trainer, path)
 

@@ -8,7 +8,8 @@ Nothing here needs Lightning.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ def set_carry_bias(stack: RecurrentStack, bias: Bias, length: int) -> None:
             an LSTM's input gate.
         length: T.
     """
-    for layer in stack.layers:
+    for layer in cast(Iterable[Any], stack.layers):
         size = layer.hidden_size
         gates = len(layer.bias_ih_l0) // size
         if gates not in CARRY:

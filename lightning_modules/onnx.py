@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fusedrnn.attention_decoder import DecoderState
 from fusedrnn.onnx import export
 
 from .seq2seq import Seq2Seq
-from .seq2seq_model import Seq2SeqModel
+from .seq2seq_model import FrameEmbedding, Seq2SeqModel
 from .tagger import Tagger
 from .tagger_model import TaggerModel
 
@@ -38,6 +39,7 @@ class _Encoder(nn.Module):
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         state = self.model.encode(source, lengths)
+        assert isinstance(state, DecoderState)
         return (state.source.keys, *pytree.tree_leaves(state.layers))
 
 
@@ -89,9 +91,12 @@ def export_encoder(seq2seq: Seq2Seq, path: str | Path) -> None:
         path: the file to write.
 
     Raises:
+        ValueError: the model reads numbers, not symbols, or copies them.
         ValueError, ImportError: as `fusedrnn.onnx.export`.
     """
     model = seq2seq.model
+    if isinstance(model.source_embedding, FrameEmbedding) or model.copy_gate is not None:
+        raise ValueError("seq2seq: expected a model that reads symbols and does not copy them")
     inputs = {"source": torch.ones(2, 3, dtype=torch.int64), "lengths": torch.full((2,), 3)}
     dimensions = {"source": ("B", "S"), "lengths": ("B",)}
     states = "hc" if model.decoder.cell.startswith("lstm") else "h"

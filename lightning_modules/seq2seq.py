@@ -98,7 +98,7 @@ class Seq2Seq(Task):
         ValueError: an argument is out of range, or two of them exclude each other.
     """
 
-    codec_class = PairCodec
+    codec_class: type[PairCodec] = PairCodec
 
     def __init__(
         self,

@@ -397,6 +397,7 @@ class Seq2SeqModel(nn.Module):
             Predictions [B, T, K] and attention weights [B, T, S], None without attention.
         """
         state = self.encode(source, source_lengths)
+        assert isinstance(state, DecoderState)  # numbers are not copied
         previous, outputs, weights = first, [], []
         for given in inputs.unbind(1):
             embedded = self.target_embedding(torch.cat([given, previous], -1))
@@ -421,8 +422,9 @@ class Seq2SeqModel(nn.Module):
             embedded = self.target_embedding(self._known(symbols))
             found, inner = self.decoder.step(embedded, state.decoder)
             copies = state.copies.repeat_interleave(len(symbols) // len(state.copies), 0)
-            parts = [v[:, None] for v in (found.features, embedded, found.weights)]
-            mixed = self._mix(*parts, copies, state.size)[:, 0]
+            assert found.weights is not None  # copying needs an attention
+            features, weights = found.features[:, None], found.weights[:, None]
+            mixed = self._mix(features, embedded[:, None], weights, copies, state.size)[:, 0]
             return mixed.log(), state._replace(decoder=inner)
         found, state = self.decoder.step(self.target_embedding(symbols), state)
         logits = self.output(found.features)

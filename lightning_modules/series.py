@@ -47,7 +47,7 @@ class _SeriesTask(Task):
         arguments: dict[str, Any],
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
-        **sizes: int,
+        **sizes: Any,
     ) -> None:
         super().__init__(codec, {**architecture, **arguments}, optimizer, scheduler)
         sizes = {**codec.sizes, **sizes}

@@ -186,9 +186,9 @@ class PairCodec:
         return {symbol: len(self.target) + place for place, symbol in enumerate(lacking)}
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Sizes of a model for these texts; see `Seq2SeqModel`."""
-        sizes = {"source_size": len(self.source), "target_size": len(self.target)}
+        sizes: dict[str, Any] = {"source_size": len(self.source), "target_size": len(self.target)}
         return sizes | ({"copy": True} if self.copy else {})
 
     def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:

@@ -52,7 +52,7 @@ class SeriesCodec:
         self.places = [self.columns.index(name) for name in self.targets]
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Sizes of a model for these rows: see `Seq2SeqModel`."""
         calendar = 0 if self.date_column is None else CALENDAR
         return {

@@ -146,7 +146,7 @@ class SpeechCodec(PairCodec):
         self.mean, self.std = list(mean), list(std)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Sizes of a model for these recordings; see `Seq2SeqModel`."""
         return {
             "source_size": 0,

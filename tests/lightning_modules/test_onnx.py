@@ -103,3 +103,10 @@ def test_encoder_and_bridge(tmp_path, cell, decoder_sizes):
     names = [f"{s}_l{index}" for index in range(len(decoder_sizes)) for s in per_layer]
     assert list(results) == ["keys", *names]
     assert [n.op_type for n in graph.graph.node].count(cell.partition("_")[0].upper()) == 2
+
+
+def test_an_encoder_that_copies_is_refused(tmp_path):
+    codec = PairCodec.from_pairs(PAIRS, Symbols("characters"), Symbols("characters"), copy=True)
+    model = Seq2Seq(codec, embedding_size=4, encoder_sizes=[4], decoder_sizes=[4])
+    with pytest.raises(ValueError, match="seq2seq: expected a model that reads symbols"):
+        export_encoder(model, tmp_path / "encoder.onnx")
