@@ -124,7 +124,7 @@ def _version(distribution: str) -> str:
 def _digest() -> str:
     """Of the modules that a result may depend on."""
     digest = hashlib.sha256()
-    for package in ("kernels", "fusedrnn", "benchmarks"):
+    for package in ("kernels", "fusedrnn", "lightning_modules", "benchmarks"):
         for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:7]

@@ -129,13 +129,14 @@ def test_findings_rank_what_is_no_number_last():
     assert list(spread("ratio", "name")([])) == []
 
 
-def test_the_code_is_named_by_its_commit_if_that_is_all_of_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["kernels", "lightning_modules"])
+def test_the_code_is_named_by_its_commit_if_that_is_all_of_it(tmp_path, monkeypatch, package):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
     monkeypatch.setattr(registry, "ROOT", tmp_path)
-    results, source = tmp_path / "benchmarks" / "results", tmp_path / "kernels" / "a.py"
+    results, source = tmp_path / "benchmarks" / "results", tmp_path / package / "a.py"
     for folder in (results, source.parent):
         folder.mkdir(parents=True)
     source.write_text("x = 1\n")
