@@ -71,7 +71,7 @@ class Tagged(NamedTuple):
 
 
 def token_spans(text: str, tokenizer: Tokenizer = "whitespace") -> list[Span]:
-    """Cut a line of text into words.
+    """Cuts a line of text into words.
 
     Args:
         text: the line.
@@ -105,19 +105,19 @@ def token_spans(text: str, tokenizer: Tokenizer = "whitespace") -> list[Span]:
 
 
 def tokenize(text: str, tokenizer: Tokenizer = "whitespace") -> list[str]:
-    """Return the words of a line of text; the arguments are those of `token_spans`."""
+    """Returns the words of a line of text; the arguments are those of `token_spans`."""
     return [text[start:end] for start, end in token_spans(text, tokenizer)]
 
 
 def _shape(character: str) -> str:
-    """Stand for a character of a word, for white space, or for itself."""
+    """Stands for a character of a word, for white space, or for itself."""
     if character.isalnum() or character in _JOINERS or unicodedata.category(character)[0] == "M":
         return "w"
     return " " if character.isspace() else character
 
 
 def read_text(lines: Iterable[str], tokenizer: Tokenizer = "whitespace") -> Iterator[Source]:
-    r"""Read raw text, a sentence a line.
+    r"""Reads raw text, a sentence a line.
 
     Args:
         lines: with their line ends; one without counts as if it ended in "\n".
@@ -133,7 +133,7 @@ def read_text(lines: Iterable[str], tokenizer: Tokenizer = "whitespace") -> Iter
 def read_columns(
     lines: Iterable[str], token_column: int = 0, conllu: bool = False
 ) -> Iterator[Source]:
-    r"""Read columns, a token a line, with blank lines between sentences.
+    r"""Reads columns, a token a line, with blank lines between sentences.
 
     Args:
         lines: separated by tabs or, where there is none, by blanks. In columns, lines that start
@@ -180,14 +180,14 @@ def _joined(tokens: list[str], lines: list[str], rows: list[int]) -> Source:
 
 
 def entities(sentence: Tagged, scheme: str | None) -> list[Chunk]:
-    """Return the entities of a sentence; without a scheme every token is one."""
+    """Returns the entities of a sentence; without a scheme every token is one."""
     if scheme is None:
         return [Chunk(tag, place, place + 1) for place, tag in enumerate(sentence.tags)]
     return chunks(sentence.tags)
 
 
 def _confidence(sentence: Tagged, entity: Chunk) -> float | None:
-    """Return the least confidence in one of its tags, which that in the entity cannot exceed."""
+    """Returns the least confidence in one of its tags, which that in the entity cannot exceed."""
     if sentence.confidences is None:
         return None
     return min(sentence.confidences[entity.start : entity.end])
@@ -199,7 +199,7 @@ def _extent(sentence: Tagged, entity: Chunk) -> Span:
 
 
 def as_text(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write `word/TAG word/TAG ...`, a line a sentence.
+    """Writes `word/TAG word/TAG ...`, a line a sentence.
 
     After it stand the tags of further tasks, `word/TAG/TAG`, and last a confidence, `word/TAG/0.9`.
     """
@@ -211,7 +211,7 @@ def as_text(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
 
 
 def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write columns: the token, or all the columns that were read, then the tag of each task.
+    """Writes columns: the token, or all the columns that were read, then the tag of each task.
 
     A confidence is one more column. Lines that are not tokens stay as they are.
     """
@@ -228,7 +228,7 @@ def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator
 
 
 def as_json(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write an object a sentence, with offsets in characters into its `text`."""
+    """Writes an object a sentence, with offsets in characters into its `text`."""
     for sentence in sentences:
         text, spans = sentence.source.text, sentence.source.spans
         tokens: list[dict[str, Any]] = [
@@ -254,7 +254,7 @@ def _entity(sentence: Tagged, entity: Chunk) -> dict[str, Any]:
 
 
 def as_brat(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write stand-off annotations as brat reads them (https://brat.nlplab.org/standoff.html).
+    """Writes stand-off annotations as brat reads them (https://brat.nlplab.org/standoff.html).
 
     Offsets are in characters into the whole input, a byte-order mark not counted. A confidence is a
     note (`#1`) to its entity.
@@ -286,7 +286,7 @@ mark b { font-size: .65em; margin-inline-start: .5em; opacity: .75 }
 
 
 def as_html(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write a page that needs nothing else, entities coloured, confidences under the pointer."""
+    """Writes a page that needs nothing else, entities coloured, confidences under the pointer."""
     yield _PAGE
     for sentence in sentences:
         marked = _marked(sentence, scheme, html.escape, _mark)
@@ -302,7 +302,7 @@ def _mark(text: str, kind: str, confidence: float | None) -> str:
 
 
 def as_ansi(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Write the text for a terminal, entities coloured."""
+    """Writes the text for a terminal, entities coloured."""
     for sentence in sentences:
         yield _marked(sentence, scheme, _printable, _colour)
 
@@ -314,7 +314,7 @@ def _colour(text: str, kind: str, confidence: float | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Leave out what would steer the terminal."""
+    """Leaves out what would steer the terminal."""
     return "".join(c for c in text if c == "\t" or unicodedata.category(c) != "Cc")
 
 

@@ -144,11 +144,11 @@ class Tagger(Task):
         self._confusions: list[Tensor] = []
 
     def forward(self, batch: TaggingBatch) -> Tensor:
-        """Score the tags of each word of a batch in the first task: [B, T, K]."""
+        """Scores the tags of each word of a batch in the first task: [B, T, K]."""
         return self.model(*batch[:6])
 
     def training_step(self, batch: TaggingBatch, _: int) -> Tensor:
-        """Return the negative log-likelihood of the gold tags, a word, summed over tasks."""
+        """Returns the negative log-likelihood of the gold tags, a word, summed over tasks."""
         features = self.model.encode(*batch[:6])
         loss = features.new_zeros(())
         for head, gold in zip(self.model.heads, [batch.tags, *batch.other_tags], strict=True):
@@ -176,7 +176,7 @@ class Tagger(Task):
                 ]
 
     def on_train_end(self) -> None:
-        """Draw the confusion matrix of the last validation."""
+        """Draws the confusion matrix of the last validation."""
         self._draw("val")
 
     def _start(self, stage: str) -> None:
@@ -215,7 +215,7 @@ class Tagger(Task):
         batch_size: int = 32,
         tokenizer: Tokenizer = "whitespace",
     ) -> list[list[tuple[str, ...]]]:
-        """Tag sentences.
+        """Tags sentences.
 
         Args:
             sentences: each a string, or the list of its words.
@@ -242,7 +242,7 @@ class Tagger(Task):
     def _find(
         self, sentences: Sequence[list[str]], batch_size: int, confidence: bool = False
     ) -> list[tuple[list[list[str]], list[float]]]:
-        """Find the tags of the words of each sentence, a list for each task.
+        """Finds the tags of the words of each sentence, a list for each task.
 
         With them come, if asked, the confidences in those of the first.
         """
@@ -287,7 +287,7 @@ class Tagger(Task):
         token_column: int = 0,
         confidence: bool = False,
     ) -> Iterator[str]:
-        """Tag lines of text, a sentence each, or the sentences of columns.
+        """Tags lines of text, a sentence each, or the sentences of columns.
 
         Args:
             lines: the lines.
@@ -360,7 +360,7 @@ class Scores(nn.Module):
         names: list[list[str]],
         predicted: list[list[str]],
     ) -> None:
-        """Count a batch.
+        """Counts a batch.
 
         Args:
             total: sum of the loss over words.
@@ -381,7 +381,7 @@ class Scores(nn.Module):
             self.spans.update(predicted, names)
 
     def compute(self) -> tuple[dict[str, Tensor], list[list[Any]], Tensor]:
-        """Return the scores by name, the table of labels, and the confusion matrix.
+        """Returns the scores by name, the table of labels, and the confusion matrix.
 
         There is no loss where no sentence has a likelihood, for a tag that training has not seen.
         """
@@ -405,7 +405,7 @@ class Scores(nn.Module):
 def confusion_table(
     confusion: Tensor, names: Sequence[str], most: int | None = 16
 ) -> tuple[list[str], list[list[Any]]]:
-    """Make a table of a confusion matrix.
+    """Makes a table of a confusion matrix.
 
     Args:
         confusion: [K, K], counts, gold tags down and predicted tags across.
@@ -427,7 +427,7 @@ def confusion_table(
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, each row as shares of its gold tag.
+    """Draws a confusion matrix, each row as shares of its gold tag.
 
     Args:
         confusion: [K, K], counts, gold tags down and predicted tags across.

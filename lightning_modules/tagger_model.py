@@ -55,7 +55,7 @@ class WordEmbedding(nn.Module):
         self.register_buffer("frozen", given[:num_words] & freeze)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Look up words: int64 [*] to [*, size]."""
+        """Looks up words: int64 [*] to [*, size]."""
         own = numbers.clamp(max=len(self.words) - 1)
         found = F.embedding(own, self.words, padding_idx=0)
         found = torch.where(self.frozen[own][..., None], found.detach(), found)
@@ -103,7 +103,7 @@ class CharacterEncoder(nn.Module):
         self.output_size = 2 * hidden_size + filters
 
     def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
-        """Encode U words: characters [U, L] int64 and lengths [U] to [U, output_size]."""
+        """Encodes U words: characters [U, L] int64 and lengths [U] to [U, output_size]."""
         embedded = self.dropout(self.embedding(characters))
         encoded = []
         if self.lstm is not None:
@@ -129,7 +129,7 @@ class SequenceDropout(nn.Module):
         self.dropout = nn.Dropout(probability)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Drop from [B, T, C]."""
+        """Drops from [B, T, C]."""
         if not self.training:
             return features
         return features * self.dropout(torch.ones_like(features[:, :1]))
@@ -161,7 +161,7 @@ class TagHead(nn.Module):
         self.crf = CRF(len(tags), tags, scheme) if head == "crf" else None
 
     def loss(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the negative log-likelihood of the gold tags, in nats.
+        """Sums the negative log-likelihood of the gold tags, in nats.
 
         Tags below 0 are unknown to the model and have no likelihood: the softmax leaves out the
         word, the CRF the sentence.
@@ -187,7 +187,7 @@ class TagHead(nn.Module):
         return -torch.where(counted, likelihood, 0).sum(), (counted * lengths).sum()
 
     def decode(self, emissions: Tensor, lengths: Tensor) -> Tensor:
-        """Find the best tags.
+        """Finds the best tags.
 
         Args:
             emissions: [B, T, K].
@@ -202,7 +202,7 @@ class TagHead(nn.Module):
         return emissions.argmax(-1).masked_fill(steps >= lengths[:, None], PADDING)
 
     def confidences(self, emissions: Tensor, paths: Tensor, lengths: Tensor) -> Tensor:
-        """Compute the probability of each tag of some paths: with a CRF, its marginal.
+        """Computes the probability of each tag of some paths: with a CRF, its marginal.
 
         Args:
             emissions: [B, T, K].
@@ -378,7 +378,7 @@ class TaggerModel(TagHead):
         spellings: Tensor,
         casings: Tensor | None = None,
     ) -> Tensor:
-        """Score the tags of each word in the first task.
+        """Scores the tags of each word in the first task.
 
         Args:
             words: [B, T] int64, numbers of the words.
@@ -404,7 +404,7 @@ class TaggerModel(TagHead):
         spellings: Tensor,
         casings: Tensor | None = None,
     ) -> Tensor:
-        """Return what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
+        """Returns what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
         features = [self.words(self._forget(words))]
         if self.characters is not None:
             spelt = self.characters(characters, character_lengths)
@@ -419,7 +419,7 @@ class TaggerModel(TagHead):
         return self.dropout(encoded)
 
     def _forget(self, words: Tensor) -> Tensor:
-        """Take some words for the unknown word: its vector is learnt, and spellings matter more."""
+        """Takes some words for the unknown one: its vector is learnt, and spellings matter more."""
         if not self.training:
             return words
         rare = (words >= self.rare.start) & (words < self.rare.stop)
