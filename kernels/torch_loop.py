@@ -32,14 +32,19 @@ CHUNK = 8
 """Steps whose factors are computed at once: many enough to share the cost of a call, few enough to
 stay in the cache until their steps come."""
 
+BY_GATE = 16, 256
+"""Rows and H from which the recurrent product is made gate by gate, with a copy of h for each: MKL
+then reads each matrix from the cache once; the gates in one matrix take up to half as long again.
+"""
+
 
 class Weights(NamedTuple):
     """What the steps compute with.
 
     Attributes:
         hh: recurrent matrices [L, G*H, P].
-        hh_t: the same, transposed.
-        bias: [L, 1, G*H], added by the step where the cell says so, else None.
+        hh_t: the same, transposed; by gate, [L*G, P, H].
+        bias: [L, 1, G, H], added by the step where the cell says so, else None.
         hn: bias inside the reset gate of the reset-after GRU, [L, 1, H], or None.
         params: extra parameters of the cell, in the order of its spec, each [L, 1, n*H].
     """
@@ -55,21 +60,26 @@ class Gates(NamedTuple):
     """The gates of one step, and views of them: made once, because views cost as much as sums.
 
     Attributes:
-        whole: [L, n, G*H].
+        whole: [L, n, G*H]; by gate, [L*G, n, H].
+        apart: [L, n, G, H].
         parts: each gate, [L, n, H].
         joint: the first gates, all but one, [L, n, G - 1, H].
+        seen: where the product is by gate, memory for h once for each, [L, G, n, P], else None.
     """
 
     whole: Tensor
+    apart: Tensor
     parts: Sequence[Tensor]
     joint: Tensor
+    seen: Tensor | None = None
 
 
 class Saved(NamedTuple):
     """What the gradients read of several steps.
 
     Attributes:
-        gates: activated gates [L, steps, B, G*H].
+        gates: activated gates [L, steps, B, G*H]; of an LSTM's g, here and below, the complement
+            (1 - g) / 2 = sigmoid of -2 times what g is the tanh of, which spares operations.
         apart: what the cell keeps besides the gates, [L, steps, B, n*H].
         seen: h_{t-1} as the recurrent product sees it, [L, steps, B, P].
         prev: the states at t - 1.
@@ -111,12 +121,18 @@ class Grads(NamedTuple):
     params: Sequence[Tensor]
 
 
+def _operand(raw: Gates, seen: Tensor) -> Tensor:
+    """`seen` [L, n, P] as the product that fills `raw` takes it."""
+    return seen if raw.seen is None else raw.seen.copy_(seen.unsqueeze(1)).flatten(0, 1)
+
+
 def _add_product(raw: Gates, z: Gates, seen: Tensor, w: Weights) -> None:
     """Fill `raw` with z + bias + seen W^T."""
     if w.bias is None:
-        torch.baddbmm(z.whole, seen, w.hh_t, out=raw.whole)
+        raw.apart.copy_(z.apart)
     else:
-        torch.add(z.whole, w.bias, out=raw.whole).baddbmm_(seen, w.hh_t)
+        torch.add(z.apart, w.bias, out=raw.apart)
+    raw.whole.baddbmm_(_operand(raw, seen), w.hh_t)
 
 
 def _tanh(x: Tensor, out: Tensor) -> Tensor:
@@ -157,12 +173,16 @@ def _rnn_relu_grad(
 
 
 def _update_cell(raw: Gates, s: Step, out: Tensor) -> Tensor:
-    """c_t = f c_{t-1} + i g, with i, f and g of `raw` activated."""
+    """c_t = f c_{t-1} + i g, with i, f and g of `raw` activated; g is kept as its complement."""
     i, f, g, _ = s.gates.parts
-    raw.parts[2].mul_(2)
+    raw.parts[2].mul_(-2)
     torch.sigmoid(raw.joint, out=s.gates.joint)
-    g.mul_(2).sub_(1)
-    return torch.mul(f, s.prev[1], out=out).addcmul_(i, g)
+    return torch.addcmul(i, f, s.prev[1], out=out).addcmul_(i, g, value=-2)
+
+
+def times_tanh(o: Tensor, complement: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product o tanh(x), from the complement of tanh(x), (1 - tanh(x)) / 2 = sigmoid(-2x)."""
+    return torch.addcmul(o, o, complement, value=-2, out=out)
 
 
 def _lstm(raw: Gates, s: Step, new: State, w: Weights) -> None:
@@ -174,23 +194,24 @@ def _lstm(raw: Gates, s: Step, new: State, w: Weights) -> None:
     if w.params:
         raw.parts[3].addcmul_(c, w.params[2])
     o = torch.sigmoid(raw.parts[3], out=s.gates.parts[3])
-    torch.mul(o, _tanh(c, out=s.apart), out=new[0])
+    times_tanh(o, torch.mul(c, -2, out=s.apart).sigmoid_(), out=new[0])
 
 
-def gate_factors(s: Saved, tanh_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gate_factors(s: Saved, complement: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d(i, f, g)/dc_t, [..., 3, H], and do/dh_t, before activation; dh_t/dc_t; c_t.
 
     With the products u = i g, v = f c_{t-1} and h = o tanh(c_t), which several of them share:
     di = u - u i, df = v - v f, dg = i - u g, do = h - h o, dh_t/dc_t = o - h tanh(c_t).
+    Of g and tanh(c_t) the complements are known, (1 - g) / 2 and (1 - tanh(c_t)) / 2.
     """
     i, f, g, o = s.gates.chunk(4, -1)
     joint = torch.empty_like(s.gates[..., : 3 * o.shape[-1]]).unflatten(-1, (3, -1))
     di, df, dg = joint.unbind(-2)
-    u, v, h = i * g, f * s.prev[1], o * tanh_c
+    u, v, h = times_tanh(i, g), f * s.prev[1], times_tanh(o, complement)
     torch.addcmul(u, u, i, value=-1, out=di)
     torch.addcmul(v, v, f, value=-1, out=df)
-    torch.addcmul(i, u, g, value=-1, out=dg)
-    through = torch.addcmul(o, h, tanh_c, value=-1)
+    torch.sub(i, u, out=dg).addcmul_(u, g, value=2)
+    through = torch.sub(o, h).addcmul_(h, complement, value=2)
     return joint, h.addcmul_(h, o, value=-1), through, u.add_(v)
 
 
@@ -247,10 +268,11 @@ def _recurrent_and_cell(apart: Tensor) -> Sequence[Tensor]:
 def _lstm_layernorm(raw: Gates, s: Step, new: State, w: Weights) -> None:
     _, ln_hh, ln_c, ln_c_bias = w.params
     recurrent, cell = _recurrent_and_cell(s.apart)
-    recurrent.copy_(torch.bmm(s.seen, w.hh_t, out=raw.whole))
-    torch.addcmul(s.gates.whole, _normed(recurrent)[0], ln_hh, out=raw.whole)
-    cell.copy_(_update_cell(raw, s, out=new[1]))
-    o = torch.sigmoid(raw.parts[3], out=s.gates.parts[3])
+    torch.bmm(_operand(raw, s.seen), w.hh_t, out=raw.whole)
+    recurrent.unflatten(-1, (4, -1)).copy_(raw.apart)
+    s.gates.whole.addcmul_(_normed(recurrent)[0], ln_hh)
+    cell.copy_(_update_cell(s.gates, s, out=new[1]))
+    o = s.gates.parts[3].sigmoid_()
     h = torch.addcmul(ln_c_bias, _normed(cell)[0], ln_c, out=new[0])
     tanh_(h).mul_(o)
 
@@ -260,9 +282,8 @@ def _lstm_layernorm_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
     _, _, ln_c, ln_c_bias = w.params
     recurrent, cell = _recurrent_and_cell(s.apart)
     normed, *of_cell = _normed(cell)
-    tanh_c = torch.addcmul(ln_c_bias.unsqueeze(1), normed, ln_c.unsqueeze(1))
-    tanh_(tanh_c)
-    return *gate_factors(s, tanh_c)[:3], *of_cell, *_normed(recurrent)[1:]
+    c = torch.addcmul(ln_c_bias.unsqueeze(1), normed, ln_c.unsqueeze(1))
+    return *gate_factors(s, c.mul_(-2).sigmoid_())[:3], *of_cell, *_normed(recurrent)[1:]
 
 
 def _lstm_layernorm_grad(
@@ -282,7 +303,7 @@ def _lstm_layernorm_grad(
 
 def _gru(raw: Gates, s: Step, new: State, w: Weights) -> None:
     r, update, n = s.gates.parts
-    torch.bmm(s.seen, w.hh_t, out=raw.whole)
+    torch.bmm(_operand(raw, s.seen), w.hh_t, out=raw.whole)
     torch.sigmoid(raw.joint.add_(s.gates.joint), out=s.gates.joint)
     s.apart.copy_(raw.parts[2])
     if w.hn is not None:
@@ -339,6 +360,16 @@ def product_grad(dz: Tensor, seen: Tensor) -> Tensor:
     return dz.flatten(-3, -2).mT @ seen.flatten(-3, -2)
 
 
+def _kept(gates: Tensor) -> Tensor:
+    return gates
+
+
+def _lstm_activated(gates: Tensor) -> Tensor:
+    """Put g in the place of its complement."""
+    i, f, g, o = gates.chunk(4, -1)
+    return torch.cat([i, f, 1 - 2 * g, o], -1)
+
+
 def _no_factors(s: Saved, w: Weights) -> Sequence[Tensor]:
     return ()
 
@@ -390,6 +421,8 @@ class Cell:
         apart: k, the width of `apart` as a multiple of H.
         adds_bias: whether the step adds the bias, which costs nothing where it copies the gates.
         by_element: whether the gradients of the cell's parameters add up in `Grads.params`.
+        by_gate: whether `raw` may be laid out by gate, so that its product is made gate by gate.
+        activated: turns the gates as they are kept into the activated ones.
     """
 
     step: Callable[[Gates, Step, State, Weights], None]
@@ -399,13 +432,17 @@ class Cell:
     apart: int = 0
     adds_bias: bool = True
     by_element: bool = False
+    by_gate: bool = True
+    activated: Callable[[Tensor], Tensor] = _kept
 
 
 STEPS: dict[str, Cell] = {
-    "rnn_tanh": Cell(_rnn_tanh, _rnn_tanh_grad),
-    "rnn_relu": Cell(_rnn_relu, _rnn_relu_grad),
-    "lstm": Cell(_lstm, _lstm_grad, _lstm_factors, apart=1),
-    "lstm_peephole": Cell(_lstm, _lstm_grad, _lstm_factors, apart=1, by_element=True),
+    "rnn_tanh": Cell(_rnn_tanh, _rnn_tanh_grad, by_gate=False),
+    "rnn_relu": Cell(_rnn_relu, _rnn_relu_grad, by_gate=False),
+    "lstm": Cell(_lstm, _lstm_grad, _lstm_factors, apart=1, activated=_lstm_activated),
+    "lstm_peephole": Cell(
+        _lstm, _lstm_grad, _lstm_factors, apart=1, by_element=True, activated=_lstm_activated
+    ),
     "lstm_layernorm": Cell(
         _lstm_layernorm,
         _lstm_layernorm_grad,
@@ -413,6 +450,7 @@ STEPS: dict[str, Cell] = {
         _lstm_layernorm_weight_grads,
         apart=5,
         adds_bias=False,
+        activated=_lstm_activated,
     ),
     "gru": Cell(_gru, _gru_grad, weight_grads=_gru_weight_grads, apart=1, adds_bias=False),
     "gru_reset_before": Cell(
@@ -420,6 +458,7 @@ STEPS: dict[str, Cell] = {
         _gru_reset_before_grad,
         weight_grads=_gru_reset_before_weight_grads,
         adds_bias=False,
+        by_gate=False,
     ),
 }
 
@@ -463,15 +502,24 @@ class Options(NamedTuple):
         apart = tensor.unflatten(-1, (CELLS[self.cell].gates, -1))
         parts = zip(*map(self.rows, apart.unbind(-2)), strict=True)
         joint = self.rows(apart[..., : CELLS[self.cell].gates - 1, :])
-        return [Gates(*g) for g in zip(self.rows(tensor), parts, joint, strict=True)]
+        each = zip(self.rows(tensor), self.rows(apart), parts, joint, strict=True)
+        return [Gates(*g) for g in each]
 
-    def scratch(self, gates: Tensor) -> list[Gates]:
+    def scratch(self, w: Weights, by_gate: bool) -> list[Gates]:
         """For each step, memory for its gates; it is the same at every step."""
-        lanes, _, _, size = gates.shape
-        memory = gates.new_empty(lanes * self.counts[0] * size)
-        shapes = {n: memory[: lanes * n * size].view(lanes, 1, n, size) for n in set(self.counts)}
-        options = self._replace(lengths=None)
-        views = {n: options.gates(tensor)[0] for n, tensor in shapes.items()}
+        (lanes, size, features), number = w.hh.shape, CELLS[self.cell].gates
+        memory = w.hh.new_empty(lanes * self.counts[0] * size)
+        copies = w.hh.new_empty(lanes * self.counts[0] * number * features if by_gate else 0)
+        views = {}
+        for n in set(self.counts):
+            flat, seen = memory[: lanes * n * size], None
+            whole = flat.view(lanes, n, size)
+            apart = whole.unflatten(-1, (number, -1))
+            if by_gate:
+                whole = flat.view(lanes * number, n, size // number)
+                apart = whole.unflatten(0, (lanes, number)).transpose(1, 2)
+                seen = copies[: lanes * number * n * features].view(lanes, number, n, features)
+            views[n] = Gates(whole, apart, apart.unbind(-2), apart[..., : number - 1, :], seen)
         return [views[n] for n in self.counts]
 
     def join(self, states: Tensor) -> Tensor:
@@ -520,7 +568,10 @@ class _Recurrence(torch.autograd.Function):
         lanes, steps, batch, rows = gates.shape
         spec, cell = CELLS[options.cell], STEPS[options.cell]
         hidden = rows // spec.gates
-        weights = Weights(w_hh, w_hh.mT, bias, b_hn, params)
+        by_gate = cell.by_gate and batch >= BY_GATE[0] and hidden >= BY_GATE[1]
+        blocks = w_hh.unflatten(1, (spec.gates, -1)).flatten(0, 1) if by_gate else w_hh
+        by_part = None if bias is None else bias.unflatten(-1, (spec.gates, -1))
+        weights = Weights(w_hh, blocks.mT, by_part, b_hn, params)
         if options.lengths is not None:
             times = torch.arange(steps, device=gates.device)[:, None]
             gates.masked_fill_((times >= options.lengths)[..., None], 0.0)
@@ -529,12 +580,8 @@ class _Recurrence(torch.autograd.Function):
             buffer[:, 0] = value
         apart = options.buffer(gates, lanes, steps, batch, cell.apart * hidden)
         unprojected = options.buffer(gates, lanes, steps, batch, 0 if w_hr is None else hidden)
-        z, raw, kept, wide = (
-            options.gates(gates),
-            options.scratch(gates),
-            options.rows(apart),
-            options.rows(unprojected),
-        )
+        z, raw = options.gates(gates), options.scratch(weights, by_gate)
+        kept, wide = options.rows(apart), options.rows(unprojected)
         old = list(zip(*(options.rows(s[:, :-1]) for s in states), strict=True))
         new = list(zip(*(options.rows(s[:, 1:]) for s in states), strict=True))
         parts = options.zoneout()
@@ -633,8 +680,10 @@ class _Lanes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        lanes = zip(dx, ctx.places, strict=True)
-        return sum(d.index_select(0, place) for d, place in lanes), None, None
+        total, *others = (d.index_select(0, p) for d, p in zip(dx, ctx.places, strict=True))
+        for other in others:
+            total.add_(other)
+        return total, None, None
 
 
 def saved_gates(y: Tensor) -> Tensor:
@@ -651,7 +700,8 @@ def saved_gates(y: Tensor) -> Tensor:
         node = nodes.pop()
         if node is not None:
             nodes.extend(parent for parent, _ in node.next_functions)
-    gates, options = nodes[-1].saved_tensors[0], nodes[-1].options
+    options = nodes[-1].options
+    gates = STEPS[options.cell].activated(nodes[-1].saved_tensors[0])
     if options.places is None:
         return gates
     rows = zip(gates.flatten(1, 2), options.places, strict=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_loop import Saved, gate_factors, product_grad, tanh_, tanh_grad
+from ..torch_loop import Saved, gate_factors, product_grad, tanh_, tanh_grad, times_tanh
 from ..untraced import untraced
 from .sources import AdditiveGrads, AdditiveScore, Asked, chunks, hide_padding, source_grads
 from .spec import Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
@@ -42,13 +42,11 @@ class Blocks(NamedTuple):
 
 
 def _lstm(z: Blocks, h: Tensor, c: Sequence[Tensor], out: Tensor) -> None:
-    (i, f, g, o), (before, after, squashed) = z.parts, c
-    g.mul_(2)
+    (i, f, g, o), (before, after, complement) = z.parts, c
+    g.mul_(-2)
     z.whole.sigmoid_()
-    g.mul_(2).sub_(1)
-    torch.mul(f, before, out=after).addcmul_(i, g)
-    torch.mul(after, 2, out=squashed).sigmoid_().mul_(2).sub_(1)
-    torch.mul(o, squashed, out=out)
+    torch.addcmul(i, f, before, out=after).addcmul_(i, g, value=-2)
+    times_tanh(o, torch.mul(after, -2, out=complement).sigmoid_(), out=out)
 
 
 def _gru(z: Blocks, h: Tensor, c: Sequence[Tensor], out: Tensor) -> None:
@@ -59,8 +57,8 @@ def _gru(z: Blocks, h: Tensor, c: Sequence[Tensor], out: Tensor) -> None:
 
 def _lstm_factors(z: Tensor, h: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of di, df, dg (times dc), of do (times dh); o (1 - tanh(c)^2); f."""
-    before, squashed = c
-    return *gate_factors(Saved(z, squashed, h, (h, before)), squashed)[:3], z.chunk(4, -1)[1]
+    before, complement = c
+    return *gate_factors(Saved(z, complement, h, (h, before)), complement)[:3], z.chunk(4, -1)[1]
 
 
 def _gru_factors(z: Tensor, h: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -234,7 +232,7 @@ class Run:
     Attributes:
         gates: activated blocks of each layer [T, B, 4H].
         hidden: h of each layer [T + 1, B, H].
-        cells: of each LSTM layer (c [T + 1, B, H], tanh(c) [T, B, H]), else empty.
+        cells: of each LSTM layer (c [T + 1, B, H], (1 - tanh(c)) / 2 [T, B, H]), else empty.
         fed: what each layer sees besides h and x, [T, B, N], or T + 1 slots; N may be 0.
         context: [T, B, K].
         weights: [T, B, S].

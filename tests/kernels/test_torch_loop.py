@@ -19,6 +19,13 @@ OPTIONS = [
 TOLERANCE = 1e-12
 
 
+@pytest.fixture(params=[torch_loop.BY_GATE, (0, 0)], ids=["together", "by_gate"])
+def product(request, monkeypatch):
+    """The recurrent product of small sizes, with all gates at once and gate by gate."""
+    monkeypatch.setattr(torch_loop, "BY_GATE", request.param)
+
+
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize(("shape", "lengths"), SHAPES)
@@ -34,6 +41,7 @@ def test_agrees_with_the_reference(cell, directions, shape, lengths, ragged, opt
     )
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cell", [name for name, spec in CELLS.items() if "c" in spec.states])
 def test_projection(cell, options):
@@ -46,6 +54,7 @@ def test_projection(cell, options):
     )
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("cell", CELLS)
 def test_without_bias(cell):
     layer = random_layer(cell, bias=False)
