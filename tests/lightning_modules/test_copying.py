@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_modules import Seq2Seq
 from lightning_modules.data.pairs import PairCodec, PairData, Symbols
-from lightning_modules.search import SearchOptions, beam_search
+from lightning_modules.search import SearchOptions, beam_search, greedy_search
 from lightning_modules.seq2seq_model import Seq2SeqModel
 
 PAIRS = [("call ann now", "ann was called"), ("call bob", "bob was called")]
@@ -88,21 +88,51 @@ def test_distribution_is_its_formula(coverage):
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 3).double())
 
 
-@settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), extra=st.integers(0, 3))
+def search(model, source, lengths):
+    """What greedy and beam search find for each row, and how sure they are."""
+    state, limits = model.encode(source, lengths), 2 * lengths + 2
+    greedy = greedy_search(model.step, state, limits, 2, 3)
+    beam = beam_search(model.step, state, limits, 2, 3, 3, 2, 0.6)
+    return [(found.sequences(3), found.scores) for found in (greedy, beam)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention": "dot"},
+        {"attention": "general", "cell": "gru", "input_feeding": True, "tied_embeddings": True},
+        {"attention": "additive", "feedback": "context", "coverage": True},
+    ],
+    ids=lambda a: "-".join(a),
+)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
 @torch.no_grad()
-def test_company_and_padding_change_nothing(lengths, extra):
-    model = make()
-    source, sizes, target = batch(lengths, lacking=4)
-    padded = torch.nn.functional.pad(source, (0, 0, 0, extra))
-    together, _ = model(padded, sizes, target)
-    for row, length in enumerate(lengths):
-        alone, _ = model(
-            source[row : row + 1, :length], sizes[row : row + 1], target[row : row + 1]
-        )
-        size = alone.shape[2]
-        torch.testing.assert_close(together[row, :, :size].exp(), alone[0].exp())
-        assert (together[row, :, size:].exp() < 1e-20).all()
+def test_padding_order_and_company_change_nothing(arguments, data):
+    model = make(**arguments, seed=data.draw(st.integers(0, 99)))
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
+    source, lengths, target = batch(sizes, lacking=4, seed=data.draw(st.integers(0, 99)))
+    order = torch.tensor(data.draw(st.permutations(range(len(sizes)))))
+    padded = torch.nn.functional.pad(source, (0, 0, 0, data.draw(st.integers(1, 3))))
+    logits, weights = model(source, lengths, target)
+    again, more = model(padded[order], lengths[order], target[order])
+    torch.testing.assert_close(again.exp(), logits[order].exp())
+    torch.testing.assert_close(more[:, :, : source.shape[1]], weights[order])
+    assert (more[:, :, source.shape[1] :] == 0).all()
+    together = search(model, source, lengths)
+    shuffled = search(model, padded[order], lengths[order])
+    for (found, scores), (moved, moved_scores) in zip(together, shuffled, strict=True):
+        assert [found[i] for i in order.tolist()] == moved
+        torch.testing.assert_close(moved_scores, scores[order])
+    for row, size in enumerate(sizes):
+        one = source[row : row + 1, :size], lengths[row : row + 1]
+        alone, _ = model(*one, target[row : row + 1])
+        known = alone.shape[2]
+        torch.testing.assert_close(logits[row, :, :known].exp(), alone[0].exp())
+        assert (logits[row, :, known:].exp() < 1e-20).all()
+        for (found, scores), (single, its) in zip(together, search(model, *one), strict=True):
+            assert single[0] == found[row]
+            torch.testing.assert_close(its[0], scores[row])
 
 
 @torch.no_grad()
@@ -114,20 +144,6 @@ def test_steps_are_teacher_forcing_in_any_order():
     for t in range(3):
         log_probs, state = model.step(target[[1, 0, 1], t], state)
         torch.testing.assert_close(log_probs.exp(), expected[[1, 0, 1], t].exp())
-
-
-@torch.no_grad()
-def test_beam_search_shares_sources():
-    """Each row alone, with hypotheses that share its source, finds what the batch finds."""
-    model = make()
-    source, lengths, _ = batch([4, 2, 3], lacking=3)
-    limits = torch.tensor([4, 4, 4])
-    found = beam_search(model.step, model.encode(source, lengths), limits, 2, 3, 3, 2)
-    for row in range(3):
-        state = model.encode(source[row : row + 1, : lengths[row]], lengths[row : row + 1])
-        alone = beam_search(model.step, state, limits[:1], 2, 3, 3, 2)
-        assert alone.sequences(3)[0] == found.sequences(3)[row]
-        torch.testing.assert_close(alone.scores[0], found.scores[row])
 
 
 def test_loss_of_a_symbol_that_nothing_points_at_is_finite():

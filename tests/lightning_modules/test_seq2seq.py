@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fusedrnn.train import main
 from lightning_modules.base import CheckpointError, Task
-from lightning_modules.data.batching import lengths, pad
 from lightning_modules.data.pairs import PairCodec, PairData, Symbols
 from lightning_modules.search import SearchOptions
 from lightning_modules.seq2seq import Seq2Seq, alignment_figure, histogram
@@ -226,6 +225,8 @@ VARIANTS = [
         ("general", "gru", {"tied_embeddings": True}),
         ("additive", "lstm", {"input_feeding": True, "tied_embeddings": True}),
         ("additive", "gru", {"bidirectional": False}),
+        ("additive", "lstm", {"copy": True, "feedback": "context", "coverage": True}),
+        ("dot", "gru", {"copy": True, "encoder_sizes": [16, 16]}),
     )
 ]
 
@@ -237,7 +238,9 @@ VARIANTS = [
 @given(data=st.data())
 def test_padding_order_and_batch_size_change_no_output(fitted, arguments, data):
     """Untrained models, whose outputs are long and far from certain."""
-    codec = fitted[1].codec
+    pairs, copies = fitted[1], arguments.get("copy", False)
+    arguments = {name: value for name, value in arguments.items() if name != "copy"}
+    codec = PairCodec.from_pairs(pairs.pairs("train"), *pairs.symbols, copy=copies)
     model = make_model(codec, seed=data.draw(st.integers(0, 50)), **arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -258,10 +261,12 @@ def test_padding_order_and_batch_size_change_no_output(fitted, arguments, data):
             scores = [h.score for h in together[i]]
             assert [h.score for h in alone] == pytest.approx(scores, rel=1e-3, abs=1e-3)
     rows = [codec.encode_source(words[i]) for i in order]
-    padded = torch.nn.functional.pad(pad(rows), (0, data.draw(st.integers(1, 5))))
-    found = model.decode(padded, lengths(rows)).sequences(codec.target.eos)
-    singles = [model.decode(pad([row]), lengths([row])).sequences(codec.target.eos) for row in rows]
-    assert found == [single[0] for single in singles]
+    source, sizes = codec.collate_sources(rows)
+    longer = (0, 0) * (source.dim() - 2) + (0, data.draw(st.integers(1, 5)))
+    padded = torch.nn.functional.pad(source, longer)
+    found = model.decode(padded, sizes).sequences(codec.target.eos)
+    singles = [model.decode(*codec.collate_sources([row])) for row in rows]
+    assert found == [single.sequences(codec.target.eos)[0] for single in singles]
 
 
 def test_what_training_never_saw_is_translated(fitted):
