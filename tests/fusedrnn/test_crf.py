@@ -239,6 +239,37 @@ class Partition(torch.nn.Module):
         return self.crf.log_partition(emissions, lengths)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    scheme=st.sampled_from([None, "BIO", "BIOES"]),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_of_equal_paths_the_first(scheme: str | None, lengths: list[int], seed: int) -> None:
+    """In the order of tags from the start; so neither padding nor the batch changes a path."""
+    crf = make(scheme=scheme, seed=seed)
+    with torch.no_grad():
+        for parameter in crf.parameters():
+            parameter.round_()
+    emissions = torch.randint(2, (len(lengths), max(lengths) + 1, crf.num_tags)).double()
+    paths, _ = crf.decode(emissions, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        scores = enumerate_paths(crf, emissions[row, :length])
+        best = min(path for path in scores if scores[path] == max(scores.values()))
+        assert tuple(paths[row, :length].tolist()) == best
+
+
+def test_backward_twice() -> None:
+    """The sums that it needs stay as they are."""
+    crf, tags = make(), torch.zeros(2, 4, dtype=torch.int64)
+    emissions = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    loss = crf(emissions, tags).sum()
+    leaves = [emissions, *crf.parameters()]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for once, again in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(once, again)
+
+
 def test_gradient_is_the_marginals() -> None:
     crf = make(scheme="BIO")
     emissions = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
