@@ -17,14 +17,6 @@ from tests.kernels.triton_cases import DEVICE, poison
 VARIANTS = [
     pytest.param(*v, id="-".join(v)) for v in itertools.product(("lstm", "gru"), FEEDBACKS, KINDS)
 ]
-SOME = pytest.mark.parametrize(
-    ("cell", "feedback", "kind"),
-    [
-        pytest.param("lstm", "features", "additive", id="lstm-features-additive"),
-        pytest.param("gru", "context", "additive", id="gru-context-additive"),
-        pytest.param("gru", "none", "product", id="gru-none-product"),
-    ],
-)
 LENGTHS = [4, 1, 2]
 cpu = pytest.mark.skipif(DEVICE == "cuda", reason="written for the interpreter's CPU tensors")
 
@@ -32,17 +24,19 @@ cpu = pytest.mark.skipif(DEVICE == "cuda", reason="written for the interpreter's
 @pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
 @pytest.mark.parametrize(
     ("dtype", "coverage"),
-    [(torch.float32, False), (torch.float32, True), (torch.float16, True)],
-    ids=["fp32", "fp32-coverage", "fp16-coverage"],
+    [(torch.float32, False), (torch.float16, True)],
+    ids=["fp32", "fp16-coverage"],
 )
 def test_agrees_with_float64(cell, feedback, kind, coverage, dtype):
-    case = random_case(cell, feedback, kind, coverage=coverage, lengths=LENGTHS, dropout=0.3)
+    case = random_case(
+        cell, feedback, kind, coverage=coverage, lengths=LENGTHS, dropout=0.3, steps=2
+    )
     assert_accurate(ops.decode, case.to(dtype, DEVICE))
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_bfloat16_through_upcast_products(feedback):
-    case = random_case("lstm", feedback, "additive", coverage=True, lengths=LENGTHS)
+    case = random_case("lstm", feedback, "additive", coverage=True, lengths=LENGTHS, steps=2)
     assert_accurate(ops.decode, case.to(torch.bfloat16, DEVICE))
 
 
@@ -52,7 +46,7 @@ def test_bfloat16_through_upcast_products(feedback):
         pytest.param({"steps": 1, "batch": 1, "source": 1}, id="ones"),
         pytest.param({"batch": 18}, id="two-tiles-of-rows"),
         pytest.param({"source": 11}, id="two-tiles-of-keys"),
-        pytest.param({"hidden": (67,), "keys": 35, "features": 65}, id="many-tiles-of-units"),
+        pytest.param({"hidden": (35,), "keys": 34, "features": 33}, id="two-tiles-of-units"),
     ],
 )
 @pytest.mark.parametrize(
@@ -71,19 +65,38 @@ def test_without_biases_or_anything_to_start_from(cell):
     assert_accurate(ops.decode, case.to(torch.float32, DEVICE))
 
 
-@pytest.mark.parametrize("only", ["features", "outputs", "context", "weights", "h_n_0", "c_n_0"])
-@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize(
+    ("feedback", "only"),
+    [
+        ("features", "features"),
+        ("none", "features"),
+        ("context", "outputs"),
+        ("features", "context"),
+        ("context", "weights"),
+        ("none", "h_n_0"),
+        ("features", "c_n_0"),
+    ],
+)
 def test_gradient_of_one_result(feedback, only):
-    case = random_case("lstm", feedback, "product", coverage=True).to(torch.float32, DEVICE)
+    case = random_case("lstm", feedback, "product", coverage=True, steps=2)
+    case = case.to(torch.float32, DEVICE)
     exact = outputs_and_gradients(reference.decode, case.to(torch.float64, DEVICE), (only,))
     actual = outputs_and_gradients(ops.decode, case, (only,))
     for name, value in exact.items():
         torch.testing.assert_close(actual[name].double(), value, rtol=1e-4, atol=1e-5)
 
 
-@SOME
-def test_padding_is_never_looked_at(cell, feedback, kind):
-    case = random_case(cell, feedback, kind, coverage=True, lengths=LENGTHS)
+@pytest.mark.parametrize(
+    ("cell", "feedback", "kind"),
+    [
+        pytest.param("lstm", "features", "additive", id="lstm-features-additive"),
+        pytest.param("gru", "context", "additive", id="gru-context-additive"),
+        pytest.param("gru", "none", "product", id="gru-none-product"),
+    ],
+)
+def test_neither_padding_nor_unwritten_memory_is_looked_at(cell, feedback, kind, monkeypatch):
+    """Both are NaN here."""
+    case = random_case(cell, feedback, kind, coverage=True, lengths=LENGTHS, dropout=0.3)
     case = case.to(torch.float32, DEVICE)
     padding = (torch.arange(4, device=DEVICE) >= case.lengths[:, None])[..., None]
     expected = outputs_and_gradients(ops.decode, case)
@@ -91,21 +104,11 @@ def test_padding_is_never_looked_at(cell, feedback, kind):
     for name in ("keys", "projected"):
         nan = leaves[name].detach().masked_fill(padding, float("nan"))
         leaves[name] = nan.requires_grad_()
+    poison(monkeypatch)
     actual = outputs_and_gradients(ops.decode, case._replace(leaves=leaves))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
     assert not actual["dkeys"].masked_select(padding).any()
-
-
-@SOME
-def test_unwritten_memory_is_never_read(cell, feedback, kind, monkeypatch):
-    case = random_case(cell, feedback, kind, coverage=True, lengths=LENGTHS, dropout=0.3)
-    case = case.to(torch.float32, DEVICE)
-    expected = outputs_and_gradients(ops.decode, case)
-    poison(monkeypatch)
-    actual = outputs_and_gradients(ops.decode, case)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 def arguments_of(case):

@@ -173,7 +173,7 @@ def test_attention_decoder_is_its_equation():
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 @torch.no_grad()
 def test_padding_order_and_company_change_nothing(arguments, data):
