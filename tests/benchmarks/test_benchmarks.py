@@ -229,6 +229,7 @@ def test_cpu_layers_runs(monkeypatch):
     rows = measure(cpu_layers.cpu_layers())
     assert {row["baseline"] for row in rows} == {
         "nn.LSTM",
+        "nn.LSTM alone",
         "nn.GRU",
         "nn.LSTM packed",
         "nn.GRU packed",
