@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from matplotlib.figure import Figure
@@ -29,6 +30,9 @@ __all__ = ["Seq2Seq", "SpeechToText"]
 
 SAMPLES_PER_BATCH, SAMPLES, ALIGNMENTS = 4, 20, 4
 """Rows kept of each evaluation batch, rows shown in the table, alignments drawn."""
+
+WIDEST, MOST_LABELS = 14.0, 80
+"""Of the drawing of an alignment: inches across, labels below."""
 
 GREEDY = SearchOptions()
 NO_ATTENTION = "this model has no attention to show"
@@ -284,7 +288,7 @@ class Seq2Seq(Task):
         lengths, expected, means = zip(*self._decoded, strict=True)
         named = {"decoded": lengths, "reference": expected}
         log_figure(self, f"{stage}/lengths", histogram("symbols", named, whole=True))
-        figure = histogram("mean log-probability of a symbol", {"decoded": means})
+        figure = histogram("mean log-probability of a symbol (nats)", {"decoded": means})
         log_figure(self, f"{stage}/mean_log_probabilities", figure)
         if self.model.attention is None:
             return
@@ -633,16 +637,18 @@ def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[st
         target: the T symbols of the vertical axis, from the top.
 
     Returns:
-        A heat map, 0 white and 1 dark.
+        A heat map, 0 white and 1 dark. A long source has a label for some of its symbols only.
     """
-    figure = Figure(figsize=(1.5 + 0.35 * len(source), 1.2 + 0.3 * len(target)))
+    size = 1.5 + min(0.35 * len(source), WIDEST), 1.2 + 0.3 * len(target)
+    figure = Figure(figsize=size)
     axes = figure.add_subplot()
     axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     rotation = 0 if max(map(len, source)) == 1 else 60
-    axes.set_xticks(range(len(source)), source, rotation=rotation)
+    places = spread(range(len(source)), MOST_LABELS)
+    axes.set_xticks(places, [source[place] for place in places], rotation=rotation)
     axes.set_yticks(range(len(target)), target)
-    axes.set_xlabel("source")
-    axes.set_ylabel("output")
+    axes.set(xlabel="source", ylabel="output")
+    axes.set_title("attention, from 0 (white) to 1", fontsize="small")
     return figure
 
 
@@ -661,16 +667,15 @@ def histogram(
         Histograms, one on another.
     """
     everything = [value for several in values.values() for value in several]
-    low, high = min(everything), max(everything)
-    edges = [low + (high - low or 1.0) * i / bins for i in range(bins + 1)]
+    edges = np.histogram_bin_edges(everything, bins).tolist()
     if whole:
-        width = max(1, -(-int(high - low + 1) // bins))
-        edges = [low - 0.5 + width * i for i in range(int(high - low) // width + 2)]
+        low, span = min(everything), int(max(everything) - min(everything))
+        width = max(1, -(-(span + 1) // bins))
+        edges = [low - 0.5 + width * i for i in range(span // width + 2)]
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
     for name, several in values.items():
         axes.hist(several, edges, alpha=0.5, label=name)
-    axes.set_xlabel(quantity)
-    axes.set_ylabel("rows")
+    axes.set(xlabel=quantity, ylabel="number of outputs")
     axes.legend()
     return figure

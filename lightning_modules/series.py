@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -275,18 +276,16 @@ class Forecaster(_SeriesTask):
 
     def _figure(self, *tensors: Tensor) -> Figure:
         read, target, forecast = (self.codec.restore(rows) for rows in tensors)
-        names = self.codec.targets
-        figure = Figure(figsize=(7, 1 + 1.4 * len(names)), layout="constrained")
-        before, ahead = range(-len(read), 0), range(len(target))
-        for place, (name, axis) in enumerate(
-            zip(names, figure.subplots(len(names), squeeze=False)[:, 0], strict=True)
-        ):
-            axis.plot(before, read[:, place], color="grey", label="read")
-            axis.plot(ahead, target[:, place], color="black", label="came")
-            axis.plot(ahead, forecast[:, place], color="C0", label="forecast")
-            axis.set_ylabel(name)
-        axis.set_xlabel("step")
-        axis.legend(fontsize="small")
+        figure, axes = _panels(self.codec.targets)
+        before, ahead = range(1 - len(read), 1), range(1, len(target) + 1)
+        for place, axis in enumerate(axes):
+            lines = [
+                *axis.plot(before, read[:, place], color="grey", label="read"),
+                *axis.plot(ahead, target[:, place], color="black", label="observed"),
+                *axis.plot(ahead, forecast[:, place], color="C0", label="forecast"),
+            ]
+        axes[-1].set_xlabel("rows after the last one read")
+        figure.legend(handles=lines, loc="outside upper center", ncols=3)
         return figure
 
     @torch.no_grad()
@@ -427,19 +426,24 @@ class AnomalyDetector(_SeriesTask):
     def _figure(self, *tensors: Tensor) -> Figure:
         window, reconstruction, unusual, labels = tensors
         window, reconstruction = self.codec.restore(window), self.codec.restore(reconstruction)
-        names = self.codec.columns
-        figure = Figure(figsize=(7, 2.4 + 1.4 * len(names)), layout="constrained")
-        *axes, last = figure.subplots(len(names) + 1, squeeze=False)[:, 0]
-        for place, (name, axis) in enumerate(zip(names, axes, strict=True)):
-            axis.plot(window[:, place], color="black", label="came")
-            axis.plot(reconstruction[:, place], color="C0", label="reconstructed")
-            axis.set_ylabel(name)
-        axes[0].legend(fontsize="small")
-        last.plot(unusual, color="C3")
-        last.fill_between(
-            range(len(labels)), 0, labels * float(unusual.max()), color="grey", alpha=0.3
+        figure, axes = _panels([*self.codec.columns, "squared error"])
+        for place, axis in enumerate(axes[:-1]):
+            lines = [
+                *axis.plot(window[:, place], color="black", label="observed"),
+                *axis.plot(reconstruction[:, place], color="C0", label="reconstructed"),
+            ]
+        axes[-1].plot(unusual, color="C3")
+        axes[-1].set_xlabel("row of the window")
+        shade = axes[-1].fill_between(
+            range(len(labels)),
+            labels.float(),
+            step="mid",
+            transform=axes[-1].get_xaxis_transform(),
+            color="grey",
+            alpha=0.3,
+            label="labelled as an anomaly",
         )
-        last.set(xlabel="step (grey: labelled as an anomaly)", ylabel="score")
+        figure.legend(handles=[*lines, shade], loc="outside upper center", ncols=3)
         return figure
 
     @torch.no_grad()
@@ -466,6 +470,15 @@ class AnomalyDetector(_SeriesTask):
                 times = source.new_zeros(*source.shape[:2], 0)
                 scores = _unusual(self(SeriesBatch(source, times, source, times)), source)
                 yield from (f"{score:.6f}" for score in scores[:, -1].tolist())
+
+
+def _panels(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Makes a figure with a panel for each name, one below another, with one horizontal axis."""
+    figure = Figure(figsize=(7, 1 + 1.4 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0].tolist()
+    for name, axis in zip(names, axes, strict=True):
+        axis.set_ylabel(name)
+    return figure, axes
 
 
 def _unusual(reconstruction: Tensor, window: Tensor) -> Tensor:

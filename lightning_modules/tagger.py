@@ -444,10 +444,11 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
     axes.set_xticks(range(len(used)), labels, rotation=90)
     axes.set_yticks(range(len(used)), labels)
     axes.set(xlabel="predicted", ylabel="gold")
+    axes.set_title("words, shaded by their share of the gold tag", fontsize="small")
     if len(used) <= 24:
         for i, row in enumerate(counts.tolist()):
             for j, count in enumerate(row):
                 if count:
-                    shade = "white" if shares[i, j] > 0.5 else "black"
-                    axes.text(j, i, count, ha="center", va="center", color=shade, fontsize=5)
+                    shade = "white" if shares[i, j] > 0.6 else "black"
+                    axes.text(j, i, count, ha="center", va="center", color=shade, fontsize=6)
     return figure

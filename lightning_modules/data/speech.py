@@ -187,7 +187,7 @@ class SpeechCodec(PairCodec):
 
     def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:
         """Returns what stands for each frame in a picture: its second, or its number."""
-        return [f"{HOP * n:.2f}" if self.rate else str(n) for n in range(len(source))]
+        return [f"{HOP * n:.2f} s" if self.rate else str(n) for n in range(len(source))]
 
     def collate_sources(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Stacks frames to float [B, S, features], and their lengths int64 [B]."""

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import sacrebleu
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy, one_hot
@@ -140,6 +140,7 @@ def test_samples_and_alignments_are_reported(fitted):
 
 
 @settings(max_examples=15, deadline=None)
+@example(values=[1, 5], others=[0])  # whose sevenths end past low + 30 * (high - low) / 30
 @given(
     values=st.lists(st.integers(0, 400), min_size=1), others=st.lists(st.integers(0, 9), min_size=1)
 )
@@ -160,6 +161,10 @@ def test_alignment_figure_names_the_symbols():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["c", "h"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["CH", "x", "<eos>"]
     assert axes.get_images()[0].get_array().shape == (3, 2)
+    (axes,) = alignment_figure(torch.rand(1, 200), list(map(str, range(200))), ["x"]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(
+        map(str, range(0, 200, 3))
+    )
 
 
 def test_checkpoint_needs_nothing_else(fitted):

@@ -160,7 +160,7 @@ def test_codec_travels(folder):
     path = str(folder / "1_ben_0.wav")
     assert torch.equal(again.encode_source(f" {path}\n"), codec.encode_source(path))
     assert len(codec.encode_source(" ")) == 0
-    assert codec.source_labels("", torch.zeros(2, 10)) == ["0.00", "0.01"]
+    assert codec.source_labels("", torch.zeros(2, 10)) == ["0.00 s", "0.01 s"]
 
 
 def test_features_of_any_kind(tmp_path):
