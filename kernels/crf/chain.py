@@ -307,17 +307,16 @@ class _Likelihood(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the CRF is differentiable once: create_graph=True needs more")
         path, moves, *found = ctx.saved_tensors
-        weights = grad.to(moves.dtype)
+        weights = grad = grad.to(moves.dtype)
         if path is not None:
-            weights = -weights
+            weights = -grad
         with without_autocast(moves):
             marginals, pairs = expectations(moves, ctx.linear, Sums(*found), weights)
         if path is not None:
-            marginals.scatter_add_(1, path[:, None], -weights.expand_as(path)[:, None])
-            size = len(pairs)
-            followed = torch.add(path[1:], path[:-1], alpha=size)
-            held = -weights.expand_as(followed)
-            pairs.view(-1).index_add_(0, followed.flatten(), held.flatten())
+            held = grad.repeat(len(path), 1)
+            marginals.scatter_add_(1, path[:, None], held[:, None])
+            followed = torch.add(path[1:], path[:-1], alpha=len(pairs))
+            pairs.view(-1).index_add_(0, followed.flatten(), held[1:].flatten())
         tags = len(pairs) - 1
         d_emissions = marginals[:-1, :tags].permute(2, 0, 1).to(ctx.dtype).contiguous()
         gradients = (marginals[0, :tags].sum(-1), pairs[:tags, :tags], pairs[:tags, tags])
@@ -352,28 +351,37 @@ def marginals(
 def decode(
     emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best path [B, T], -1 past the end, and its score [B].
+    """The best path [B, T], -1 past the end, and its score [B]."""
+    dtype = emissions.dtype if emissions.shape[1] <= SHORT else torch.float64
+    with torch.inference_mode():  # a tenth faster; what it makes would be refused by autograd
+        model = chain(emissions, start, transitions, end, lengths, dtype)
+        path, score = _best(model)
+        path.masked_fill_(model.ended[:-1] | (score == -math.inf), -1)
+    return path.T.clone(memory_format=torch.contiguous_format), score.to(emissions.dtype, copy=True)
+
+
+def _best(model: Chain) -> tuple[Tensor, Tensor]:
+    """The best path [T, B] and its score [B].
 
     The recursion runs from the end to the start and keeps only the scores; the path is then read
     from the start to the end, at each step the best tag of one row of scores.
     """
-    dtype = emissions.dtype if emissions.shape[1] <= SHORT else torch.float64
-    model = chain(emissions, start, transitions, end, lengths, dtype)
     steps, size, batch = model.emissions.shape
-    moves = model.transitions[..., None].expand(-1, -1, batch).contiguous()
+    transitions = model.transitions
+    moves = transitions[..., None].expand(-1, -1, batch).contiguous()
     pairs, best = torch.empty_like(moves), moves.new_empty(size, batch)
     rests = model.emissions.unbind()
     for before, after in zip(rests[-2::-1], rests[:0:-1], strict=True):
         torch.add(moves, after, out=pairs)
         before += torch.amax(pairs, 1, out=best)
     scores = model.emissions.transpose(1, 2).contiguous()
-    path = lengths.new_empty(steps - 1, batch)
+    path = torch.empty(steps - 1, batch, dtype=torch.int64, device=scores.device)
     score, path[0] = (scores[0] + model.start).max(-1)
     tags, row = path.unbind(), scores.new_empty(batch, size)
     for before, tag, rest in zip(tags, tags[1:], scores[1:].unbind(), strict=False):
-        torch.index_select(model.transitions, 0, before, out=row).add_(rest)
+        torch.index_select(transitions, 0, before, out=row).add_(rest)
         torch.argmax(row, -1, out=tag)
-    return _without_stop(path.T.contiguous(), score, model), score.to(emissions.dtype)
+    return path, score
 
 
 def n_best(
@@ -402,10 +410,6 @@ def n_best(
     for pointer in reversed(pointers[1:]):
         place = pointer.gather(1, place)
         path.append(place // n)
-    return _without_stop(torch.stack(path, -1), score, model), score.to(emissions.dtype)
-
-
-def _without_stop(path: Tensor, score: Tensor, model: Chain) -> Tensor:
-    """-1 in the place of STOP, and of all paths that do not exist."""
-    stop = path == len(model.start) - 1
-    return path.masked_fill_(stop | (score == -math.inf)[..., None], -1)
+    found = torch.stack(path, -1)
+    gone = model.ended[:-1].T[:, None] | (score == -math.inf)[..., None]
+    return found.masked_fill_(gone, -1), score.to(emissions.dtype)

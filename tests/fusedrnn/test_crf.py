@@ -270,6 +270,17 @@ def test_backward_twice() -> None:
         assert torch.equal(once, again)
 
 
+def test_paths_and_scores_serve_autograd() -> None:
+    """They come out of inference mode, whose tensors a backward pass would refuse."""
+    crf, factor = make(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    emissions = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    paths, scores = crf.decode(emissions)
+    (scores * factor).sum().backward()
+    torch.testing.assert_close(factor.grad, scores.sum())
+    crf(emissions, paths).sum().backward()
+    assert emissions.grad is not None
+
+
 def test_gradient_is_the_marginals() -> None:
     crf = make(scheme="BIO")
     emissions = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
