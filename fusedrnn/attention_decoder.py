@@ -23,7 +23,7 @@ from kernels.attention import (
 )
 from kernels.attention.spec import CELLS
 
-from .attention import AdditiveAttention, build_attention
+from .attention import AdditiveAttention, build_attention, fast_tanh
 from .stack import LayerState, RecurrentStack
 
 __all__ = [
@@ -33,6 +33,10 @@ __all__ = [
     "EncodedSource",
     "ScheduledSampling",
 ]
+
+
+PART = 48
+"""What a call of the time loop costs besides its steps, in steps of one row."""
 
 
 class EncodedSource(NamedTuple):
@@ -77,11 +81,28 @@ class DecoderState(NamedTuple):
             The state of those N rows.
         """
         layers = [
-            (s[0][:, rows], s[1][:, rows]) if isinstance(s, tuple) else s[:, rows]
+            (s[0].index_select(1, rows), s[1].index_select(1, rows))
+            if isinstance(s, tuple)
+            else s.index_select(1, rows)
             for s in self.layers
         ]
-        feed, coverage = (None if v is None else v[rows] for v in (self.feed, self.coverage))
+        feed, coverage = (
+            None if v is None else v.index_select(0, rows) for v in (self.feed, self.coverage)
+        )
         return DecoderState(self._sources(rows, sources), layers, feed, coverage)
+
+    def first(self, count: int) -> DecoderState:
+        """Keep the first rows, each of which has a source of its own."""
+        if count == len(self.source.lengths):
+            return self
+        layers = [
+            (s[0][:, :count], s[1][:, :count]) if isinstance(s, tuple) else s[:, :count]
+            for s in self.layers
+        ]
+        rest = (None if v is None else v[:count] for v in (*self.source, self.feed, self.coverage))
+        keys, projected, lengths, feed, coverage = rest
+        assert keys is not None and lengths is not None
+        return DecoderState(EncodedSource(keys, projected, lengths), layers, feed, coverage)
 
     def _sources(self, rows: Tensor, kept: Tensor | None) -> EncodedSource:
         """The sources of selected rows; where all stay, without a copy."""
@@ -91,7 +112,12 @@ class DecoderState(NamedTuple):
             kept = rows // (count // len(self.source.lengths))
         elif len(kept) == len(self.source.lengths):
             return self.source
-        return EncodedSource(*(None if v is None else v[kept] for v in self.source))  # type: ignore[arg-type]
+        keys, projected, lengths = self.source
+        return EncodedSource(
+            keys.index_select(0, kept),
+            None if projected is None else projected.index_select(0, kept),
+            lengths.index_select(0, kept),
+        )
 
 
 class DecoderOutput(NamedTuple):
@@ -249,6 +275,42 @@ class AttentionDecoder(nn.Module):
         outputs, layers = self.stack(self.dropout(x), state.layers)
         return self._attend(outputs, state), state._replace(layers=layers)
 
+    def ragged(self, x: Tensor, state: DecoderState, lengths: Tensor) -> DecoderOutput:
+        """Decode all steps of rows of different lengths, each from the given input.
+
+        On a CPU a time loop leaves out most of what stands past the lengths.
+
+        Args:
+            x: [B, T, E].
+            state: from `start`, or after earlier steps.
+            lengths: int64 [B], each in 1..T, how many steps of each row count.
+
+        Returns:
+            What every step computes; finite but without meaning past the lengths.
+        """
+        loop = self.attention is not None and (self.feedback != "none" or self.covers)
+        if not loop or x.device.type != "cpu" or self.cell not in CELLS:
+            return self(x, state)[0]
+        lengths, order = lengths.sort(descending=True, stable=True)
+        steps, longest = x.shape[1], int(lengths[0])
+        counts = (lengths[:, None] > torch.arange(longest)).sum(0).tolist()
+        parts = _parts(counts)
+        if len(parts) == 1 and longest == steps:
+            return self._loop(x, state, None)[0]
+        x, state = x.index_select(0, order), state.select(order)
+        results = []
+        for first, last in parts:
+            size = counts[first]
+            state = state.first(size)
+            found, state = self._loop(x[:size, first:last], state, None)
+            missing = (0, 0, 0, steps - last if last == longest else 0, 0, len(order) - size)
+            results.append([None if v is None else nn.functional.pad(v, missing) for v in found])
+        back = order.argsort()
+        columns = zip(*results, strict=True)
+        joined = (None if c[0] is None else torch.cat(cast(Any, c), 1) for c in columns)
+        rows_back = (None if v is None else v.index_select(0, back) for v in joined)
+        return DecoderOutput(*cast(Any, rows_back))
+
     def step(self, x_t: Tensor, state: DecoderState) -> tuple[DecoderOutput, DecoderState]:
         """Decode one step.
 
@@ -296,7 +358,7 @@ class AttentionDecoder(nn.Module):
         if self.attention is None:
             return DecoderOutput(self.dropout(outputs), outputs, None, None)
         context, weights = self._look(outputs, state) if found is None else found
-        features = torch.tanh(self.combine(torch.cat([context, outputs], -1)))
+        features = fast_tanh(self.combine(torch.cat([context, outputs], -1)))
         return DecoderOutput(self.dropout(features), outputs, context, weights)
 
     def _steps(
@@ -382,3 +444,27 @@ class AttentionDecoder(nn.Module):
             DecoderOutput(*(cast(Any, None if v is None else v.transpose(0, 1)) for v in results)),
             DecoderState(state.source, cast(list[LayerState], layers), feed, coverage),
         )
+
+
+def _parts(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Split steps into parts [first, last) that all rows of their first step go through.
+
+    The sum of rows times steps is the smallest, where each part costs `PART` more, of all ways to
+    cut where rows have fallen to 4/5.
+
+    Args:
+        counts: rows that still count at each step, not growing.
+    """
+    cuts = [0]
+    for t, count in enumerate(counts):
+        if count <= 0.8 * counts[cuts[-1]]:
+            cuts.append(t)
+    cuts.append(len(counts))
+    best: dict[int, tuple[int, list[tuple[int, int]]]] = {len(counts): (0, [])}
+    for place in range(len(cuts) - 2, -1, -1):
+        first = cuts[place]
+        best[first] = min(
+            (PART + counts[first] * (last - first) + best[last][0], [(first, last), *best[last][1]])
+            for last in cuts[place + 1 :]
+        )
+    return best[0][1]

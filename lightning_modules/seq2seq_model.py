@@ -362,14 +362,15 @@ class Seq2SeqModel(nn.Module):
         Returns:
             logits [B, T, K], step t predicting the symbol after `target[:, t]` (or the K numbers of
             step t; with `copy` the log-probabilities of those K and all copied symbols), and the
-            attention weights [B, T, S], None without attention.
+            attention weights [B, T, S], None without attention. What stands where `target` is
+            padded is finite, and means nothing.
         """
         state = self.encode(source, source_lengths)
         if isinstance(state, CopyState):
             if sampling_probability > 0:
                 raise ValueError("sampling_probability: expected 0 with copy")
             embedded = self.target_embedding(self._known(target))
-            found, _ = self.decoder(embedded, state.decoder)
+            found = self.decoder.ragged(embedded, state.decoder, _filled(target))
             assert found.weights is not None
             # 1e-30: a target that nothing points at has a large loss, not an infinite one
             mixed = self._mix(found.features, embedded, found.weights, state.copies, state.size)
@@ -379,7 +380,11 @@ class Seq2SeqModel(nn.Module):
             sampling = ScheduledSampling(
                 target, self.target_embedding, self.output, sampling_probability
             )
-        found, _ = self.decoder(self.target_embedding(target), state, sampling)
+        embedded = self.target_embedding(target)
+        if sampling is None and target.dim() == 2:
+            found = self.decoder.ragged(embedded, state, _filled(target))
+        else:
+            found, _ = self.decoder(embedded, state, sampling)
         return self.output(found.features), found.weights
 
     def regress(
@@ -452,6 +457,12 @@ class Seq2SeqModel(nn.Module):
         )
         places = copies[:, None].expand_as(weights)
         return generated.scatter_add(2, places, (1 - gate) * weights.to(wide)).clamp(max=1.0)
+
+
+def _filled(symbols: Tensor) -> Tensor:
+    """Lengths [B] of rows of symbols [B, T] without the padding at their ends, at least 1."""
+    places = torch.arange(1, symbols.shape[1] + 1, device=symbols.device)
+    return (places * (symbols != 0)).amax(1).clamp(min=1)
 
 
 def rename(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedrnn import AttentionDecoder
+from fusedrnn import AttentionDecoder, attention_decoder
 from fusedrnn.attention_decoder import ScheduledSampling
 
 VARIANTS = [
@@ -124,6 +124,47 @@ def test_padding_order_and_company_change_nothing(options, data):
     if result.weights is not None:
         torch.testing.assert_close(padded.weights[..., :-wide], result.weights)
         assert not padded.weights[..., -wide:].any()
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_what_counts_of_rows_of_different_lengths_is_as_without_lengths(options, data):
+    """Results and gradients, whatever the price of a part and however long the padding."""
+    decoder = make(**options)
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5)))
+    x, state, leaves = problem(decoder, [3, 1, 4, 2, 4][: len(lengths)], steps=6)
+    leaves = [*leaves, *decoder.parameters()]
+    inside = torch.arange(6) < lengths[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_decoder, "PART", data.draw(st.sampled_from([0, 2, 48])))
+        found = decoder.ragged(x, state, lengths)
+    results = []
+    for value, expected in zip(found, decoder(x, state)[0], strict=True):
+        assert (value is None) == (expected is None)
+        if value is not None:
+            assert value.shape == expected.shape and value.isfinite().all()
+            torch.testing.assert_close(value[inside], expected[inside])
+            results.append((value[inside], expected[inside]))
+    ours, plain = (gradients(side, leaves) for side in zip(*results, strict=True))
+    for a, b in zip(ours, plain, strict=True):
+        a, b = (None if g is None or not g.any() else g for g in (a, b))
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=80), price=st.integers(0, 100))
+def test_parts_cover_all_steps_and_cost_no_more_than_one(lengths, price):
+    counts = [sum(n > t for n in lengths) for t in range(max(lengths))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_decoder, "PART", price)
+        parts = attention_decoder._parts(counts)
+    assert [t for first, last in parts for t in range(first, last)] == [*range(len(counts))]
+    cost = sum(price + counts[first] * (last - first) for first, last in parts)
+    assert sum(lengths) <= cost <= price + len(lengths) * len(counts)
+    if price == 0:
+        assert cost <= 1.25 * sum(lengths)
 
 
 @pytest.mark.parametrize("feedback", ["none", "features", "context"])
