@@ -71,6 +71,17 @@ def allowed_transitions(tags: Sequence[str], scheme: str) -> tuple[Tensor, Tenso
     return start, between, end
 
 
+def _continued(tags: Sequence[str], scheme: str | None, num_tags: int) -> Tensor:
+    """For each tag the one by which an entity that could end there goes on, -1 for none."""
+    found = torch.full((num_tags,), -1)
+    if scheme in ("BIO", "IOB1"):  # of BIOES the last tag says that it is the last
+        for place, tag in enumerate(tags):
+            onward = f"I-{split_tag(tag, scheme)[1]}"
+            if onward in tags:
+                found[place] = tags.index(onward)
+    return found
+
+
 class CRF(nn.Module):
     """Linear-chain CRF over tag emissions, with start, end and pairwise transition scores.
 
@@ -95,6 +106,7 @@ class CRF(nn.Module):
             unknown backend.
     """
 
+    continued: Tensor
     start_forbidden: Tensor
     transitions_forbidden: Tensor
     end_forbidden: Tensor
@@ -128,6 +140,7 @@ class CRF(nn.Module):
             self.register_buffer("start_forbidden", ~start, persistent=False)
             self.register_buffer("transitions_forbidden", ~transitions, persistent=False)
             self.register_buffer("end_forbidden", ~end, persistent=False)
+        self.register_buffer("continued", _continued(tags or (), scheme, num_tags), False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -195,6 +208,32 @@ class CRF(nn.Module):
             TypeError, ValueError: as `log_likelihood`.
         """
         return crf.marginals(emissions, *self._scores(), lengths, backend=self.backend)
+
+    def span_marginals(
+        self, emissions: Tensor, tags: Tensor, spans: Tensor, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Compute the probability of entities: of their tags, and of being no longer than those.
+
+        Culotta and McCallum 2004. With the scheme BIO `B-X` may be one word of `B-X I-X`; the
+        probability of the longer entity is not counted. Not differentiable.
+
+        Args:
+            emissions: [B, T, K].
+            tags: [B, T] int64, such as `decode` finds; only those in spans are looked at.
+            spans: [N, 3] int64 on the device of `emissions`: row, first word, the one after the
+                last; within the lengths, and not empty.
+            lengths: [B] int64, as in `log_likelihood`.
+
+        Returns:
+            [N] float.
+
+        Raises:
+            TypeError, ValueError: as `log_likelihood`.
+        """
+        scores = self._scores()
+        return crf.span_marginals(
+            emissions, *scores, self.continued, tags, spans, lengths, backend=self.backend
+        )
 
     def decode(self, emissions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the best path of each row (Viterbi 1967) among those the scheme allows.

@@ -6,6 +6,13 @@ Dimensions: B sentences, T words, K tags. Emissions are [B, T, K]; scores start 
 Needs torch; the Triton backend, imported when first used, needs triton.
 """
 
-from .api import PADDING, log_likelihood, log_partition, marginals, n_best
+from .api import PADDING, log_likelihood, log_partition, marginals, n_best, span_marginals
 
-__all__ = ["PADDING", "log_likelihood", "log_partition", "marginals", "n_best"]
+__all__ = [
+    "PADDING",
+    "log_likelihood",
+    "log_partition",
+    "marginals",
+    "n_best",
+    "span_marginals",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..api import without_autocast
 from ..checks import check_lengths
 from ..untraced import untraced
-from . import chain
+from . import chain, spans
 from .plan import refusal
 
 BACKENDS = ("auto", "triton", "torch")
@@ -108,6 +108,44 @@ def marginals(
         return module.marginals(*tensors, lengths)
 
 
+def span_marginals(
+    emissions: Tensor,
+    start: Tensor,
+    transitions: Tensor,
+    end: Tensor,
+    continued: Tensor,
+    tags: Tensor,
+    places: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute the probability that spans have their tags and no word more. Not differentiable.
+
+    Arguments and errors as `log_likelihood`, but:
+
+    Args:
+        emissions: as there.
+        start: as there.
+        transitions: as there.
+        end: as there.
+        continued: [K] int64, the tag by which a span that ends in a tag would go on; -1 for none.
+            A span that opens with a tag that continues the one before it is no span either.
+        tags: as there; only those in spans are looked at.
+        places: [N, 3] int64 on the device of `emissions`: row, first step, the step after the last.
+        lengths: as there.
+        backend: as there.
+
+    Returns:
+        [N], within [0, 1].
+    """
+    lengths = _check(emissions, start, transitions, end, lengths)
+    with torch.no_grad(), without_autocast(emissions):
+        module, tensors = _prepare(backend, emissions, start, transitions, end)
+        found = module.states(*tensors, lengths), module.marginals(*tensors, lengths)
+        return spans.probabilities(*found, tensors[2], continued, tags, places, lengths)
+
+
 def n_best(
     emissions: Tensor,
     start: Tensor,
@@ -164,6 +202,7 @@ class _Torch:
     likelihood = staticmethod(untraced(chain.likelihood))
     marginals = staticmethod(untraced(chain.marginals))
     n_best = staticmethod(untraced(chain.n_best))
+    states = staticmethod(untraced(chain.states))
 
 
 def _prepare(

@@ -348,6 +348,16 @@ def marginals(
     return probabilities[:-1, :-1].permute(2, 0, 1).to(emissions.dtype).contiguous()
 
 
+def states(
+    emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
+) -> Tensor:
+    """Logarithms of the sums over paths that end in a tag, each step less its own, [B, T, K]."""
+    model = chain(emissions, start, transitions, end, lengths)
+    _, linear, found = _sums(model, lengths, both=False)
+    sums = found.forward[:-1, :-1].permute(2, 0, 1)
+    return sums.log() if linear else sums.contiguous()
+
+
 def decode(
     emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:

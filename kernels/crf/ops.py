@@ -156,6 +156,13 @@ def marginals(
     return backward_op(None, states, emissions, transitions, end, lengths, None)[0]
 
 
+def states(
+    emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor
+) -> Tensor:
+    """As `chain.states`, not filled in past the end; arguments as in `likelihood`."""
+    return forward_op(emissions, start, transitions, end, lengths, None, True)[1]
+
+
 def n_best(
     emissions: Tensor, start: Tensor, transitions: Tensor, end: Tensor, lengths: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:

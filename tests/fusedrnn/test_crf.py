@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedrnn.crf import CRF, PADDING, allowed_transitions, split_tag
 from kernels.crf import chain
+from lightning_modules.data.schemes import chunks
 
 TAGS = {
     "BIO": ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"],
@@ -110,6 +111,65 @@ def test_n_best_agrees_with_enumeration(
         assert found[row].tolist() == pytest.approx(expected)
         assert (paths[row, len(best) :] == PADDING).all()
         assert (paths[row, :, length:] == PADDING).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scheme=st.sampled_from([None, "BIO", "IOB1", "BIOES"]),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_span_marginals_agree_with_enumeration(
+    scheme: str | None, lengths: list[int], seed: int, scale: float
+) -> None:
+    """Of every span of a likely path: the share of the paths that have it, whole and no longer."""
+    crf = make(scheme=scheme, seed=seed, scale=scale)
+    emissions = scale * torch.randn(len(lengths), max(lengths), crf.num_tags, dtype=torch.float64)
+    sizes = torch.tensor(lengths)
+    tags = crf.n_best(emissions, 2, sizes)[0][:, -1]
+    spans, expected = [], []
+    for row, length in enumerate(lengths):
+        scores = enumerate_paths(crf, emissions[row, :length])
+        log_z = torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0)
+        path = tuple(tags[row, :length].tolist())
+        if PADDING in path:
+            continue
+        found = spans_of(crf, path)
+        spans += [(row, *span) for span in found]
+        expected += [
+            sum(
+                math.exp(score - log_z)
+                for other, score in scores.items()
+                if other[a:b] == path[a:b] and (a, b) in spans_of(crf, other)
+            )
+            for a, b in found
+        ]
+    places = torch.tensor(spans, dtype=torch.int64).view(-1, 3)
+    actual = crf.span_marginals(emissions, tags, places, sizes)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+def spans_of(crf: CRF, path: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The entities of a legal path; without a scheme all spans."""
+    if crf.scheme is None:
+        return list(itertools.combinations(range(len(path) + 1), 2))
+    names = [TAGS[crf.scheme][tag] for tag in path]
+    return [(chunk.start, chunk.end) for chunk in chunks(names)]
+
+
+def test_the_probability_of_a_span_is_no_product_of_marginals() -> None:
+    """Two tags that always come together have twice their probability in the product."""
+    crf = make(2)
+    with torch.no_grad():
+        crf.start.zero_()
+        crf.end.zero_()
+        crf.transitions.copy_(torch.tensor([[0.0, -50.0], [-50.0, 0.0]]))
+    emissions, tags = torch.zeros(1, 2, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=int)
+    span = crf.span_marginals(emissions, tags, torch.tensor([[0, 0, 2]]))
+    assert span.item() == pytest.approx(0.5)
+    assert crf.marginals(emissions)[0, :, 0].prod().item() == pytest.approx(0.25)
+    assert crf.span_marginals(emissions, tags, torch.zeros(0, 3, dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True])

@@ -50,6 +50,22 @@ def test_paths(num_tags, n):
     assert_paths_agree(random_problem(batch=2, steps=3, num_tags=num_tags), n)
 
 
+@pytest.mark.parametrize("forbid", [False, True], ids=["all", "forbidden"])
+def test_spans(forbid):
+    """Of one row each length of span; tag 2 goes on with tag 3, and tag 3 with itself."""
+    problem = random_problem(batch=2, steps=4, forbid=forbid)
+    continued = torch.tensor([-1, -1, 3, 3, -1], device=DEVICE)
+    exact = problem.to(torch.float64, "cpu")
+    tags = crf.n_best(*exact[:5], n=1)[0][:, 0]
+    spans = torch.tensor([[0, a, b] for a in range(4) for b in range(a + 1, 5)])
+    expected = crf.span_marginals(*exact[:4], continued.cpu(), tags, spans, exact.lengths)
+    actual = crf.span_marginals(
+        *problem[:4], continued, *(x.to(DEVICE) for x in (tags, spans)), problem.lengths,
+        backend="triton",
+    )  # fmt: skip
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_long_sentences_keep_their_digits():
     """The logarithms of sums over 300 steps near 1,000 each: float32 sums would be off by 0.02."""
     problem = random_problem(batch=1, steps=300, num_tags=3)
