@@ -165,24 +165,24 @@ class Recurrent(ToyTask):
 def test_gradient_flow_is_logged_every_n_steps(tmp_path):
     data = ToyData()
     callback = GradientFlow(every_n_steps=4)
-    run = trainer(tmp_path, callback, max_steps=10, max_epochs=None, accumulate_grad_batches=2)
+    run = trainer(tmp_path, callback, max_steps=6, max_epochs=None, accumulate_grad_batches=2)
     model = Recurrent(data.codec, dropout=0.0)
     run.fit(model, data)
     log = Path(run.logger.log_dir)
     pictures = sorted(p.name for p in (log / "media" / "gradient_flow").iterdir())
     kinds = ("curves", "rnn.l0", "rnn.l1")
-    assert pictures == sorted(f"{kind}_{step}.png" for kind in kinds for step in (0, 4, 8))
-    assert len(metrics(log, "gradient_flow/rnn.l1/spectral_radius_z")) == 3
+    assert pictures == sorted(f"{kind}_{step}.png" for kind in kinds for step in (0, 4))
+    assert len(metrics(log, "gradient_flow/rnn.l1/spectral_radius_z")) == 2
     means = metrics(log, "gradient_flow/rnn.l0/mean_z")
-    assert len(means) == 3 and all(0 < mean < 1 for mean in means)
+    assert len(means) == 2 and all(0 < mean < 1 for mean in means)
     for kind in ("saturation_z", "carry_product"):
         shares = metrics(log, f"gradient_flow/rnn.l1/{kind}")
-        assert len(shares) == 3 and all(0 <= share < 1 for share in shares)
+        assert len(shares) == 2 and all(0 <= share < 1 for share in shares)
     assert model.rnn.backend == "auto" and "recurrence" not in vars(model.rnn)
 
 
 def test_gradient_flow_does_not_change_the_training(tmp_path):
-    data, weights = ToyData(train=12), []
+    data, weights = ToyData(train=8), []
     for callbacks in ([], [GradientFlow(every_n_steps=1)]):
         torch.manual_seed(0)
         model = Recurrent(data.codec, dropout=0.5)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusedrnn.train import main
 from lightning_modules.data.readers import Sentence
+from lightning_modules.data.schemes import chunks
 from lightning_modules.data.tagging import TaggingCodec
 from lightning_modules.formats import (
     WRITERS,
@@ -113,10 +114,12 @@ def test_a_line_without_the_column_is_refused(line, column):
 TEXT = "Ann Lee  saw <Rome>\tand Lee"
 TAGS = ["B-PER", "I-PER", "O", "B-LOC", "O", "B-PER"]
 SHARES = [0.9, 0.75, 1.0, 0.5, 0.99, 0.25]
+SURE = [0.7, 0.5, 0.25]
 
 
 def tagged(confidences=None, text=TEXT, offset=0):
-    return Tagged(Source(text, token_spans(text), offset), TAGS, confidences)
+    sure = None if confidences is None else SURE
+    return Tagged(Source(text, token_spans(text), offset), TAGS, confidences, sure)
 
 
 def write(name, *sentences, scheme="BIO"):
@@ -149,7 +152,7 @@ def test_json():
     for item in [*result["tokens"], *result["entities"]]:
         assert TEXT[item["start"] : item["end"]] == item["text"]
     assert [(e["type"], e["text"], e["confidence"]) for e in result["entities"]] == [
-        ("PER", "Ann Lee", 0.75),
+        ("PER", "Ann Lee", 0.7),
         ("LOC", "<Rome>", 0.5),
         ("PER", "Lee", 0.25),
     ]
@@ -163,7 +166,7 @@ def test_brat():
     assert lines[:3] == ["T1\tPER 0 7\tAnn Lee", "T2\tLOC 13 19\t<Rome>", "T3\tPER 24 27\tLee"]
     assert lines[3:5] == [
         "T4\tPER 40 47\tAnn Lee",
-        "#4\tAnnotatorNotes T4\tconfidence 0.7500",
+        "#4\tAnnotatorNotes T4\tconfidence 0.7000",
     ]
     assert len(write("brat", tagged(), scheme=None)) == 6  # every token, by its tag
     (columns,) = read_columns(["Ann"])
@@ -180,7 +183,7 @@ def test_html_is_a_page_of_the_text():
     words = re.sub("<b>.*?</b>", "", body)
     assert html.unescape(re.sub("<[^>]*>", "", words)) == TEXT
     assert re.findall("<b>(.*?)</b>", body) == ["PER", "LOC", "PER"]
-    assert 'title="confidence 0.7500"' in body
+    assert 'title="confidence 0.7000"' in body
     assert "http" not in page
 
 
@@ -218,8 +221,9 @@ def test_confidences_are_marginals(checkpoint):
     tagger = Tagger.load_from_checkpoint(checkpoint)
     sentences = [["Ann", "saw"], ["Rome"], [], ["x"] * 7]
     found = tagger._find(sentences, 2, confidence=True)
-    for words, ((tags,), shares) in zip(sentences, found, strict=True):
+    for words, ((tags,), shares, sure) in zip(sentences, found, strict=True):
         assert len(tags) == len(shares) == len(words)
+        assert len(sure) == len(chunks(tags))
         if not words:
             continue
         batch = tagger.codec.batch([tagger.codec.untagged(words)])
@@ -228,6 +232,39 @@ def test_confidences_are_marginals(checkpoint):
         marginals = tagger.model.crf.marginals(emissions, batch.lengths)[0]
         expected = marginals[torch.arange(len(words)), path[0]].tolist()
         assert shares == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["crf", "softmax"])
+def test_confidence_in_an_entity_is_its_probability(checkpoint, head):
+    """The sum over all paths that have its tags; BIOES says in the tags where it ends."""
+    loaded = Tagger.load_from_checkpoint(checkpoint)
+    tagger = Tagger(loaded.codec, **{**loaded.arguments, "head": head}).eval()
+    sentences = [["Ann", "Lee", "x"], ["Rome"], ["saw", "y", "z", "Lee"]]
+    seen = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(tagger.model.emission.weight, std=5)
+        for words, found in zip(
+            sentences, tagger._find(sentences, 3, confidence=True), strict=True
+        ):
+            batch = tagger.codec.batch([tagger.codec.untagged(words)])
+            emissions = tagger(batch).detach()
+            path = tagger.model.decode(emissions, batch.lengths)[0]
+            paths = torch.cartesian_prod(*[torch.arange(emissions.shape[-1])] * len(words))
+            paths = paths.view(-1, len(words))
+            if head == "crf":
+                rows = emissions.expand(len(paths), -1, -1)
+                shares = tagger.model.crf(rows, paths).exp()
+            else:
+                words_apart = emissions[0].softmax(-1)
+                shares = words_apart[torch.arange(len(words)), paths].prod(1)
+            for sure, (_, start, end) in zip(
+                found.entity_confidences, chunks(found.tags[0]), strict=True
+            ):
+                same = (paths[:, start:end] == path[start:end]).all(1)
+                assert sure == pytest.approx(shares[same].sum().item(), rel=1e-3)
+                seen += end - start > 1
+    assert seen
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -118,7 +118,7 @@ def test_a_sentence_of_ten_thousand_words_is_learnt_from_and_tagged(write, head)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in tagger.parameters() if p.grad is not None)
-    ((tags, shares),) = tagger._find([["w1"] * 10_000], 1, confidence=True)
+    ((tags, shares, _),) = tagger._find([["w1"] * 10_000], 1, confidence=True)
     assert len(tags[0]) == len(shares) == 10_000
     assert 0 <= min(shares) <= max(shares) <= 1 + 1e-5
 

@@ -63,7 +63,7 @@ def test_a_network_round_trips(name, tmp_path):
         assert loaded.output.weight is loaded.target_embedding.weight
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tagger_crf", "seq2seq"])
 def test_lightning_is_not_needed(name, tmp_path):
     build, use = MODELS[name]
     model = build().eval()

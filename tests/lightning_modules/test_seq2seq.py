@@ -500,7 +500,7 @@ def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
     cased = {"source_lowercase": lowercase, "target_lowercase": lowercase}
     data = PairData(train=places, val=places, test=places, **cased, batch_size=10)
     model = make_model(data.codec, score="bleu", optimizer=lambda p: torch.optim.Adam(p, 0.01))
-    trainer = make_trainer(tmp_path, max_epochs=4)
+    trainer = make_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=4)
     trainer.fit(model, data)
     (scores,) = trainer.test(model, data, verbose=False)
     with open(*(tmp_path / "media" / "test").glob("bleu_*.csv")) as file:

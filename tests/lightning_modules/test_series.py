@@ -64,7 +64,7 @@ def fitted(table, tmp_path_factory):
     data = make_data(table)
     torch.manual_seed(0)
     model = Forecaster(data.codec, **SMALL, optimizer=lambda p: torch.optim.Adam(p, 0.01))
-    trainer = make_trainer(folder, max_epochs=6)
+    trainer = make_trainer(folder, max_epochs=6, check_val_every_n_epoch=6)
     trainer.fit(model, data)
     trainer.save_checkpoint(folder / "model.ckpt")
     return model.eval(), data, trainer, folder

@@ -47,7 +47,7 @@ def hub(folder: Path) -> list[str]:
 
 
 def builtin(_: Path) -> list[str]:
-    return []
+    return ["--data.batch_size=2"]
 
 
 @pytest.mark.parametrize(
