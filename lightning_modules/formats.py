@@ -59,14 +59,20 @@ class Source(NamedTuple):
 
 
 class Tagged(NamedTuple):
-    """A sentence with the tag of each token, and, if they were asked for, how sure the model is.
+    """A sentence with its tags.
 
-    `others` holds the tags of further tasks, a list for each.
+    Attributes:
+        source: the sentence.
+        tags: of each token.
+        confidences: the probability of each tag, None where it was not asked for.
+        entity_confidences: that of each of the `entities` of these tags.
+        others: the tags of further tasks, a list for each.
     """
 
     source: Source
     tags: list[str]
     confidences: list[float] | None = None
+    entity_confidences: list[float] | None = None
     others: Sequence[list[str]] = ()
 
 
@@ -179,18 +185,20 @@ def _joined(tokens: list[str], lines: list[str], rows: list[int]) -> Source:
     return Source(" ".join(tokens), spans, 0, lines, rows)
 
 
-def entities(sentence: Tagged, scheme: str | None) -> list[Chunk]:
-    """Returns the entities of a sentence; without a scheme every token is one."""
+def entities(tags: Sequence[str], scheme: str | None) -> list[Chunk]:
+    """Returns the entities that the tags of a sentence mark; without a scheme every tag does."""
     if scheme is None:
-        return [Chunk(tag, place, place + 1) for place, tag in enumerate(sentence.tags)]
-    return chunks(sentence.tags)
+        return [Chunk(tag, place, place + 1) for place, tag in enumerate(tags)]
+    return chunks(tags)
 
 
-def _confidence(sentence: Tagged, entity: Chunk) -> float | None:
-    """Returns the least confidence in one of its tags, which that in the entity cannot exceed."""
-    if sentence.confidences is None:
-        return None
-    return min(sentence.confidences[entity.start : entity.end])
+def _entities(sentence: Tagged, scheme: str | None) -> list[tuple[Chunk, float | None]]:
+    """Returns the entities of a sentence, each with its confidence if that was asked for."""
+    found = entities(sentence.tags, scheme)
+    confidences = sentence.entity_confidences
+    return list(
+        zip(found, [None] * len(found) if confidences is None else confidences, strict=True)
+    )
 
 
 def _extent(sentence: Tagged, entity: Chunk) -> Span:
@@ -241,15 +249,14 @@ def as_json(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
             token["confidence"] = round(value, 4)
         result: dict[str, Any] = {"text": text, "tokens": tokens}
         if scheme is not None:
-            result["entities"] = [_entity(sentence, entity) for entity in chunks(sentence.tags)]
+            result["entities"] = [_entity(sentence, *e) for e in _entities(sentence, scheme)]
         yield json.dumps(result, ensure_ascii=False)
 
 
-def _entity(sentence: Tagged, entity: Chunk) -> dict[str, Any]:
+def _entity(sentence: Tagged, entity: Chunk, confidence: float | None) -> dict[str, Any]:
     start, end = _extent(sentence, entity)
     found: dict[str, Any] = {"type": entity.kind, "start": start, "end": end}
     found["text"] = sentence.source.text[start:end]
-    confidence = _confidence(sentence, entity)
     return found if confidence is None else found | {"confidence": round(confidence, 4)}
 
 
@@ -267,12 +274,11 @@ def as_brat(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
         source = sentence.source
         if source.lines:
             raise ValueError("format: brat points into raw text, and the input is columns")
-        for entity in entities(sentence, scheme):
+        for entity, confidence in _entities(sentence, scheme):
             number += 1
             start, end = _extent(sentence, entity)
             place = f"{source.offset + start} {source.offset + end}"
             yield f"T{number}\t{entity.kind} {place}\t{source.text[start:end]}"
-            confidence = _confidence(sentence, entity)
             if confidence is not None:
                 yield f"#{number}\tAnnotatorNotes T{number}\tconfidence {confidence:.4f}"
 
@@ -329,9 +335,9 @@ def _marked(
     mark: Callable[[str, str, float | None], str],
 ) -> str:
     text, pieces, done = sentence.source.text, [], 0
-    for entity in entities(sentence, scheme):
+    for entity, confidence in _entities(sentence, scheme):
         start, end = _extent(sentence, entity)
-        marked = mark(text[start:end], entity.kind, _confidence(sentence, entity))
+        marked = mark(text[start:end], entity.kind, confidence)
         pieces += [plain(text[done:start]), marked]
         done = end
     return "".join([*pieces, plain(text[done:])])

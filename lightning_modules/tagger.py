@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -23,6 +23,7 @@ from lightning_modules.formats import (
     Source,
     Tagged,
     Tokenizer,
+    entities,
     read_columns,
     read_text,
     tokenize,
@@ -36,6 +37,20 @@ UNSEEN = "<unseen>"
 
 SAMPLES, SAMPLES_PER_BATCH = 20, 3
 """Sentences in the table of samples: a few from each batch, since a batch is of like lengths."""
+
+
+class Found(NamedTuple):
+    """What is found in a sentence.
+
+    Attributes:
+        tags: of each task, of each word.
+        confidences: the probability of each tag of the first task; empty if not asked for.
+        entity_confidences: that of each of its entities.
+    """
+
+    tags: list[list[str]]
+    confidences: list[float]
+    entity_confidences: list[float]
 
 
 class Tagger(Task):
@@ -234,18 +249,13 @@ class Tagger(Task):
             raise ValueError("sentences: expected a list of sentences, got a single string")
         words = [tokenize(s, tokenizer) if isinstance(s, str) else list(s) for s in sentences]
         found = self._find(words, batch_size)
-        return [
-            list(zip(row, *tags, strict=True)) for row, (tags, _) in zip(words, found, strict=True)
-        ]
+        return [list(zip(row, *of.tags, strict=True)) for row, of in zip(words, found, strict=True)]
 
     @torch.inference_mode()
     def _find(
         self, sentences: Sequence[list[str]], batch_size: int, confidence: bool = False
-    ) -> list[tuple[list[list[str]], list[float]]]:
-        """Finds the tags of the words of each sentence, a list for each task.
-
-        With them come, if asked, the confidences in those of the first.
-        """
+    ) -> list[Found]:
+        """Finds the tags of each sentence; `confidence`: whether to say how sure it is of them."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         was_training = self.training
@@ -254,9 +264,7 @@ class Tagger(Task):
         order = sorted(
             (i for i, row in enumerate(rows) if row.words), key=lambda i: len(rows[i].words)
         )
-        results: list[tuple[list[list[str]], list[float]]] = [
-            ([[] for _ in self.codec.tasks], []) for _ in rows
-        ]
+        results = [Found([[] for _ in self.codec.tasks], [], []) for _ in rows]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self.transfer_batch_to_device(
@@ -265,16 +273,28 @@ class Tagger(Task):
             features = self.model.encode(*batch[:6])
             columns: list[list[list[str]]] = []
             shares: list[list[float]] = [[] for _ in chosen]
+            sure = shares
             for place, head in enumerate(self.model.heads):
                 emissions = head.emission(features)
                 paths = head.decode(emissions, batch.lengths)
+                columns.append(self._names(place, paths, batch.lengths))
                 if confidence and place == 0:
                     shares = head.confidences(emissions, paths, batch.lengths).tolist()
-                columns.append(self._names(place, paths, batch.lengths))
-            for i, share, *tags in zip(chosen, shares, *columns, strict=True):
-                results[i] = tags, share[: len(tags[0])]
+                    sure = self._sure(emissions, paths, batch.lengths, columns[0])
+            for i, share, entity, *tags in zip(chosen, shares, sure, *columns, strict=True):
+                results[i] = Found(tags, share[: len(tags[0])], entity)
         self.train(was_training)
         return results
+
+    def _sure(
+        self, emissions: Tensor, paths: Tensor, lengths: Tensor, names: list[list[str]]
+    ) -> list[list[float]]:
+        """How sure the model is of each entity of each sentence."""
+        found = [entities(tags, self.codec.scheme) for tags in names]
+        spans = [(row, e.start, e.end) for row, chunks in enumerate(found) for e in chunks]
+        places = paths.new_tensor(spans).view(-1, 3)
+        values = iter(self.model.span_confidences(emissions, paths, places, lengths).tolist())
+        return [list(islice(values, len(chunks))) for chunks in found]
 
     def predict_lines(  # type: ignore[override]
         self,
@@ -301,8 +321,9 @@ class Tagger(Task):
                 object with tokens, entities and offsets; `brat`: stand-off annotations; `html`: a
                 page with coloured entities; `ansi`: coloured for a terminal.
             token_column: of `conll`, the index of the token.
-            confidence: whether to write the probability of each tag (with a CRF, its marginal); of
-                several tasks, those of the first.
+            confidence: whether to write the probability of each tag (with a CRF, its marginal) and
+                of each entity (of all its tags, with a CRF also of its end); of several tasks,
+                those of the first.
 
         Yields:
             The results, in order.
@@ -325,8 +346,9 @@ class Tagger(Task):
     ) -> Iterator[Tagged]:
         while chunk := list(islice(sources, max(1, batch_size))):
             found = self._find([source.tokens for source in chunk], batch_size, confidence)
-            for source, (tags, shares) in zip(chunk, found, strict=True):
-                yield Tagged(source, tags[0], shares if confidence else None, tags[1:])
+            for source, (tags, shares, sure) in zip(chunk, found, strict=True):
+                known = {"confidences": shares, "entity_confidences": sure} if confidence else {}
+                yield Tagged(source, tags[0], others=tags[1:], **known)
 
     def _names(self, place: int, paths: Tensor, lengths: Tensor) -> list[list[str]]:
         task = self.codec.tasks[place]

@@ -218,6 +218,27 @@ class TagHead(nn.Module):
             shares = emissions.float().softmax(-1)
         return shares.gather(-1, paths.clamp(min=0)[..., None])[..., 0]
 
+    def span_confidences(
+        self, emissions: Tensor, paths: Tensor, spans: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Computes the probability of entities: of all their tags, with a CRF also of their end.
+
+        Args:
+            emissions: [B, T, K].
+            paths: [B, T] int64, from `decode`.
+            spans: [N, 3] int64: row, first word, the one after the last.
+            lengths: [B] int64.
+
+        Returns:
+            [N] float.
+        """
+        if self.crf is not None:
+            return self.crf.span_marginals(emissions, paths, spans, lengths)
+        logs = self.confidences(emissions, paths, lengths).double().log()
+        sums = F.pad(logs.cumsum(1), (1, 0))
+        rows, first, stop = spans.unbind(1)
+        return (sums[rows, stop] - sums[rows, first]).exp()
+
 
 @saveable
 class TaggerModel(TagHead):
