@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import SumMetric
@@ -202,8 +203,16 @@ class Tagger(Task):
         """Logs the scores, samples and each label's scores, and after testing the confusions."""
         results = [scores.compute() for scores in self._scores(stage)]
         self._confusions = [confusion for _, _, confusion in results]
-        for task, (values, labels, _) in zip(self.codec.tasks, results, strict=True):
+        for task, head, (values, labels, _) in zip(
+            self.codec.tasks, self.model.heads, results, strict=True
+        ):
             key = f"{stage}/{task.name}".rstrip("/")
+            if "loss" not in values:
+                unit = "word" if head.crf is None else "sentence"
+                rank_zero_warn(
+                    f"{key}/loss is not logged: every {unit} has a tag that is not in the training "
+                    "split, and so no likelihood"
+                )
             self.log_dict({f"{key}/{name}": value for name, value in values.items()}, prog_bar=True)
             columns = ["label", "precision", "recall", "f1", "correct", "predicted", "gold"]
             log_table(self, f"{key}/labels", columns, labels)

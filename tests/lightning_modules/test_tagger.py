@@ -200,16 +200,21 @@ def test_tags_unseen_in_training_count_as_errors(
     assert 0 < scores["val/loss"] < 10
 
 
+@pytest.mark.parametrize("stage", ["val", "test"])
 def test_without_a_likelihood_there_is_no_loss(
-    trained: tuple[Tagger, Path], data: TaggingData, tmp_path: Path
+    trained: tuple[Tagger, Path], data: TaggingData, tmp_path: Path, stage: str
 ) -> None:
+    """It was NaN; it is left out, and a line says why."""
     tagger, folder = trained
-    (tmp_path / "val").write_text("we\tO\nRome\tB-LOC\n\nLima\tB-LOC\n")
-    other = TaggingData(train="absent", val=str(tmp_path / "val"), scheme="BIO")
+    (tmp_path / "split").write_text("we\tO\nRome\tB-LOC\n\nLima\tB-LOC\n")
+    other = TaggingData(train="absent", **{stage: str(tmp_path / "split")}, scheme="BIO")
     other.codec = data.codec
-    (scores,) = trainer(folder / "validate").validate(tagger, other, verbose=False)
-    assert "val/loss" not in scores
-    assert scores["val/recall"] == 0
+    run = trainer(folder / stage)
+    evaluate = run.validate if stage == "val" else run.test
+    with pytest.warns(UserWarning, match=f"^{stage}/loss is not logged: every sentence has a tag"):
+        (scores,) = evaluate(tagger, other, verbose=False)
+    assert f"{stage}/loss" not in scores
+    assert scores[f"{stage}/recall"] == 0
 
 
 def test_vectors_keep_unseen_words_apart_at_prediction(tmp_path: Path) -> None:
