@@ -5,6 +5,7 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
+from PIL import Image, ImageChops
 
 from lightning_modules.loggers import RunLogger
 from lightning_modules.reporting import log_figure, log_table, print_table
@@ -42,12 +43,15 @@ def test_files_and_wandb(tmp_path):
     folder = run.experiment.dir
     run.close()
     media = tmp_path / "toy" / "version_0" / "media" / "val"
-    assert (media / f"line_{step}.png").read_bytes().startswith(b"\x89PNG")
+    drawn = media / f"line_{step}.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     with open(media / f"samples_{step}.csv", encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [["word", "score"], ["a, b", "1.5"], ["ç\n", "2"]]
     sent = [*tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
     assert str(sent[0]).startswith(folder)
     assert {path.suffix for path in sent} == {".png", ".json"}
+    (picture,) = [path for path in sent if path.suffix == ".png"]
+    assert ImageChops.difference(*map(Image.open, (picture, drawn))).getbbox() is None
     (shown,) = [path for path in sent if path.suffix == ".json"]
     assert json.loads(shown.read_text())["data"] == [["a, b", 1.5], ["ç\n", 2]]
 
