@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -315,6 +316,18 @@ class Task(L.LightningModule):
         model.check(checkpoint, path)
         model.load_state_dict(checkpoint["state_dict"])
         return model.to(map_location).eval()
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside, and the former mode afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 def _family(task: type[Task]) -> list[type[Task]]:

@@ -103,7 +103,7 @@ class GradientFlow(Callback):
 
     def __init__(self, every_n_steps: int = 500) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._history: dict[str, dict[int, Tensor]] = {}
         self._recording = contextlib.ExitStack()

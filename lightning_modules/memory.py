@@ -24,6 +24,9 @@ class Memory(Task):
         hidden_size: hidden units.
         optimizer: makes the optimizer.
         scheduler: makes the learning-rate scheduler, which steps once an epoch.
+
+    Raises:
+        ValueError: an unknown cell.
     """
 
     codec_class = Problem

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules.base import CheckpointError, Task
+from lightning_modules.base import CheckpointError, Task, evaluation
 from lightning_modules.data.batching import pad
 from lightning_modules.data.pairs import PairBatch, PairCodec
 from lightning_modules.data.speech import SpeechCodec
@@ -414,7 +414,7 @@ class Seq2Seq(Task):
         order = sorted(
             (i for i, row in enumerate(encoded) if len(row)), key=lambda i: len(encoded[i])
         )
-        with _Evaluation(self):
+        with evaluation(self):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 source, sizes = self._stack([encoded[i] for i in rows])
@@ -479,7 +479,7 @@ class Seq2Seq(Task):
         """Returns the mean attention weights of all models; see `alignments`."""
         begin = cast(int, self.codec.target.bos)
         target = pad([[begin, *output] for output in outputs]).to(self.device)
-        with _Evaluation(self):
+        with evaluation(self):
             batch = self._stack(sources)
             found = [m(*batch, target)[1] for m in self.models if m.attention is not None]
             weights = torch.stack(found).mean(0).float().cpu()
@@ -610,22 +610,6 @@ class SpeechToText(Seq2Seq):
     """
 
     codec_class = SpeechCodec
-
-
-class _Evaluation:
-    """Evaluation mode without gradients, and the former mode afterwards."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.no_grad = module, torch.no_grad()
-
-    def __enter__(self) -> None:
-        self.training = self.module.training
-        self.module.eval()
-        self.no_grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.no_grad.__exit__(*error)
-        self.module.train(self.training)
 
 
 def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[str]) -> Figure:

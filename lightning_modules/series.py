@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 from torchmetrics.classification import BinaryAUROC
 
-from lightning_modules.base import Task
+from lightning_modules.base import Task, evaluation
 from lightning_modules.data.series import (
     SeriesBatch,
     SeriesCodec,
@@ -288,7 +288,6 @@ class Forecaster(_SeriesTask):
         figure.legend(handles=lines, loc="outside upper center", ncols=3)
         return figure
 
-    @torch.no_grad()
     def predict_lines(  # type: ignore[override]
         self, lines: Iterable[str], batch_size: int = 64
     ) -> Iterator[str]:
@@ -318,7 +317,9 @@ class Forecaster(_SeriesTask):
                 coming = torch.stack([calendar(_continued(row, horizon)) for row in times])
             target = source.new_zeros(len(source), horizon, len(self.codec.targets))
             read, coming = read.to(self.device), coming.to(self.device)
-            forecast = self.codec.restore(self(SeriesBatch(source, read, target, coming))).cpu()
+            with evaluation(self):
+                scaled = self(SeriesBatch(source, read, target, coming))
+            forecast = self.codec.restore(scaled).cpu()
             for rows in forecast.mT.tolist():
                 named = zip(self.codec.targets, rows, strict=True)
                 yield json.dumps({name: [round(x, 6) for x in row] for name, row in named})
@@ -446,7 +447,6 @@ class AnomalyDetector(_SeriesTask):
         figure.legend(handles=[*lines, shade], loc="outside upper center", ncols=3)
         return figure
 
-    @torch.no_grad()
     def predict_lines(  # type: ignore[override]
         self, lines: Iterable[str], batch_size: int = 64
     ) -> Iterator[str]:
@@ -468,7 +468,8 @@ class AnomalyDetector(_SeriesTask):
             yield from [""] * early
             if len(source) > 0:
                 times = source.new_zeros(*source.shape[:2], 0)
-                scores = _unusual(self(SeriesBatch(source, times, source, times)), source)
+                with evaluation(self):
+                    scores = _unusual(self(SeriesBatch(source, times, source, times)), source)
                 yield from (f"{score:.6f}" for score in scores[:, -1].tolist())
 
 

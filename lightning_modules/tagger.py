@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from lightning_modules.base import Task
+from lightning_modules.base import Task, evaluation
 from lightning_modules.data.tagging import CASINGS, IGNORED, TaggingBatch, TaggingCodec, TagSet
 from lightning_modules.formats import (
     WRITERS,
@@ -267,32 +267,30 @@ class Tagger(Task):
         """Finds the tags of each sentence; `confidence`: whether to say how sure it is of them."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        was_training = self.training
-        self.eval()
         rows = [self.codec.untagged(words) for words in sentences]
         order = sorted(
             (i for i, row in enumerate(rows) if row.words), key=lambda i: len(rows[i].words)
         )
         results = [Found([[] for _ in self.codec.tasks], [], []) for _ in rows]
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = self.transfer_batch_to_device(
-                self.codec.batch([rows[i] for i in chosen]), self.device, 0
-            )
-            features = self.model.encode(*batch[:6])
-            columns: list[list[list[str]]] = []
-            shares: list[list[float]] = [[] for _ in chosen]
-            sure = shares
-            for place, head in enumerate(self.model.heads):
-                emissions = head.emission(features)
-                paths = head.decode(emissions, batch.lengths)
-                columns.append(self._names(place, paths, batch.lengths))
-                if confidence and place == 0:
-                    shares = head.confidences(emissions, paths, batch.lengths).tolist()
-                    sure = self._sure(emissions, paths, batch.lengths, columns[0])
-            for i, share, entity, *tags in zip(chosen, shares, sure, *columns, strict=True):
-                results[i] = Found(tags, share[: len(tags[0])], entity)
-        self.train(was_training)
+        with evaluation(self):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = self.transfer_batch_to_device(
+                    self.codec.batch([rows[i] for i in chosen]), self.device, 0
+                )
+                features = self.model.encode(*batch[:6])
+                columns: list[list[list[str]]] = []
+                shares: list[list[float]] = [[] for _ in chosen]
+                sure = shares
+                for place, head in enumerate(self.model.heads):
+                    emissions = head.emission(features)
+                    paths = head.decode(emissions, batch.lengths)
+                    columns.append(self._names(place, paths, batch.lengths))
+                    if confidence and place == 0:
+                        shares = head.confidences(emissions, paths, batch.lengths).tolist()
+                        sure = self._sure(emissions, paths, batch.lengths, columns[0])
+                for i, share, entity, *tags in zip(chosen, shares, sure, *columns, strict=True):
+                    results[i] = Found(tags, share[: len(tags[0])], entity)
         return results
 
     def _sure(

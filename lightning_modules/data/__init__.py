@@ -2,6 +2,7 @@
 
 from lightning_modules.data.batching import BucketBatchSampler, ResumableLoader, lengths, pad
 from lightning_modules.data.memory import MemoryData
+from lightning_modules.data.module import DataModule
 from lightning_modules.data.pairs import PairBatch, PairCodec, PairData, Symbols
 from lightning_modules.data.series import AnomalyData, SeriesBatch, SeriesCodec, SeriesData
 from lightning_modules.data.sources import builtin_files, column, load_rows
@@ -12,6 +13,7 @@ from lightning_modules.data.vocabulary import Vocabulary
 __all__ = [
     "AnomalyData",
     "BucketBatchSampler",
+    "DataModule",
     "MemoryData",
     "PairBatch",
     "PairCodec",

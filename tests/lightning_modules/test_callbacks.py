@@ -225,5 +225,5 @@ def test_gradient_flow_gives_the_backends_back_after_an_error(tmp_path):
 
 
 def test_gradient_flow_needs_a_positive_number():
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every_n_steps: expected at least 1, got 0"):
         GradientFlow(0)

@@ -179,6 +179,13 @@ def test_forecasts_of_raw_rows(fitted, table):
     assert results == list(model.predict_lines(given, batch_size=100))
 
 
+def test_prediction_is_evaluation_even_in_the_middle_of_training(fitted, table):
+    model = Forecaster(fitted[1].codec, **SMALL, dropout=0.5).train()
+    lines = table.read_text().split("\n")[1:26]
+    assert list(model.predict_lines(lines)) == list(model.predict_lines(lines))
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
