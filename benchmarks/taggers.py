@@ -1,7 +1,8 @@
-"""The tagger against flair's SequenceTagger on a CPU: the same sentences, batches and sizes.
+"""The tagger against flair's SequenceTagger and stanza's NERTagger on a CPU.
 
-Both are a BiLSTM over trained word vectors and a character BiLSTM, with a CRF, trained by Adam in a
-bare loop (no trainer's overhead on either side). flair is installed apart: `pip install flair`.
+The same sentences, batches and sizes. All are a BiLSTM over trained word vectors and a character
+BiLSTM, with a CRF, trained by Adam in a bare loop (no trainer's overhead on any side). The others
+are installed apart: `pip install flair stanza`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _findings(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
                 f"{row['baseline']} (quartiles {row['ratio_q1']} and {row['ratio_q3']})"
             )
     if all(row["name"] == row["baseline"] for row in rows):
-        yield "flair is not installed, so nothing was compared"
+        yield "neither flair nor stanza is installed, so nothing was compared"
 
 
 @benchmark(_findings)
@@ -53,8 +54,9 @@ def taggers() -> Iterator[Case]:
     batches = list(BucketBatchSampler(lengths, BATCH, shuffle=True))
     train, predict = _ours(sentences, batches)
     training, prediction = {"fusedrnn": train}, {"fusedrnn": predict}
-    if importlib.util.find_spec("flair"):
-        training["flair"], prediction["flair"] = _flair(sentences, batches)
+    for name, make in (("flair", _flair), ("stanza", _stanza)):
+        if importlib.util.find_spec(name):
+            training[name], prediction[name] = make(sentences, batches)
     data = os.path.basename(place) if place else "turkish-treebanks"
     key: Row = {"data": data, "sentences": len(sentences), "words": sum(lengths), "batch": BATCH}
     for task, candidates in (("training", training), ("prediction", prediction)):
@@ -147,6 +149,63 @@ def _flair(
         embedding_storage_mode="none",
     )
     return train, predict
+
+
+def _stanza(
+    sentences: Sequence[Sentence], batches: Sequence[list[int]]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same with stanza, its loader making batches anew each time, words as they are cased."""
+    from stanza.models.ner.data import DataLoader
+    from stanza.models.ner.trainer import Trainer
+
+    logging.getLogger("stanza").setLevel(logging.WARNING)
+    torch.manual_seed(0)
+    arguments = {
+        "word_emb_dim": WORD,
+        "char_emb_dim": CHARACTER,
+        "char_hidden_dim": CHARACTER_HIDDEN,
+        "hidden_dim": HIDDEN,
+        "num_layers": 1,
+        "char_num_layers": 1,
+        "char": True,
+        "dropout": 0.5,
+        "optim": "adam",
+        "lr": 1e-3,
+        "max_grad_norm": 5.0,
+        "shorthand": "xx_x",
+    }
+    unused = ["charlm", "lowercase", "emb_finetune_known_only", "bert_model", "use_peft"]
+    unused += ["bert_finetune", "momentum", "word_dropout", "locked_dropout", "char_rec_dropout"]
+    arguments |= dict.fromkeys(unused, 0)
+    make = partial(DataLoader, _Document(sentences), BATCH, arguments, preprocess_tags=False)
+    vocabulary = make().vocab
+    loader = make(vocab=vocabulary, evaluation=True)  # else it shuffles
+    rows = [row for chunk in loader.data for row in chunk]
+    loader.data = [[rows[i] for i in indices] for indices in batches]
+    trainer = Trainer(arguments, vocabulary, device="cpu")
+
+    def train() -> None:
+        for batch in loader:
+            trainer.update(batch)
+
+    @torch.no_grad()
+    def predict() -> list[list[list[str]]]:
+        return [trainer.predict(batch) for batch in loader]
+
+    return train, predict
+
+
+class _Document:
+    """What stanza's loader asks of its Document: each word, its tag, and its other tags."""
+
+    def __init__(self, sentences: Sequence[Sentence]) -> None:
+        self.sentences = sentences
+
+    def get(self, *_: object, **__: object) -> list[list[tuple[str, str, None]]]:
+        return [
+            [(token, tag, None) for token, tag in zip(s.tokens, s.tags, strict=True)]
+            for s in self.sentences
+        ]
 
 
 def _step(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

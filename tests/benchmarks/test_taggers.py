@@ -1,4 +1,4 @@
-"""The comparison of taggers, on a few sentences; flair itself is not among what tests install."""
+"""The comparison of taggers, on a few sentences; tests install neither flair nor stanza."""
 
 import importlib.util
 import subprocess
@@ -30,7 +30,9 @@ def few(tmp_path, monkeypatch):
 def test_rows(few, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "flair" else find(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("flair", "stanza") else find(name),
     )
     measured = [(key, list(measure())) for key, measure in BENCHMARKS["taggers"].cases()]
     assert [key["task"] for key, _ in measured] == ["training", "prediction"]
@@ -58,7 +60,9 @@ def test_findings():
     assert list(findings([row, other])) == [
         "training: flair takes 3.0 times as long as fusedrnn (quartiles 2.9 and 3.1)"
     ]
-    assert list(findings([row])) == ["flair is not installed, so nothing was compared"]
+    assert list(findings([row])) == [
+        "neither flair nor stanza is installed, so nothing was compared"
+    ]
 
 
 def test_the_other_benchmarks_need_no_lightning():
