@@ -269,6 +269,7 @@ class SpeechData(DataModule):
         max_tokens: most frames in a batch, padding counted.
         seed: of the order of the batches.
         num_workers: processes that collate batches.
+        subword_count: most subwords of the texts, single characters counted.
 
     Raises:
         FileNotFoundError: there is no such folder or archive.
@@ -288,10 +289,12 @@ class SpeechData(DataModule):
         max_tokens: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        subword_count: int = 1000,
     ) -> None:
         super().__init__(batch_size, max_tokens, seed, num_workers)
-        if mels < 1:
-            raise ValueError(f"mels: expected at least 1, got {mels}")
+        for name, count in (("mels", mels), ("subword_count", subword_count)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
         try:
             self.pattern = re.compile(pattern)
         except re.error as error:
@@ -304,7 +307,7 @@ class SpeechData(DataModule):
             raise ValueError(f"val, test: expected different groups for each, got {val} and {test}")
         self.path, self.target_symbols = path, Symbols(target_symbols)
         self.groups = {"val": val, "test": test}
-        self.mels, self.center = mels, center
+        self.mels, self.center, self.subword_count = mels, center, subword_count
         self._rate: int | None = None
 
     @cached_property
@@ -339,7 +342,7 @@ class SpeechData(DataModule):
         """The codec, built from the training split when first asked for, unless it was given."""
         rows = self.splits["train"]
         texts = [text for _, text, _ in rows]
-        symbols = self.target_symbols.learn(texts, 1000)
+        symbols = self.target_symbols.learn(texts, self.subword_count)
         counts = Counter(symbol for text in texts for symbol in symbols.split(text))
         size = rows[0][0].shape[1]
         plain = SpeechCodec(

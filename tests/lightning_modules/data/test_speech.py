@@ -105,6 +105,16 @@ def make(folder, **arguments):
     return SpeechData(str(folder), **options)
 
 
+def test_texts_are_cut_into_as_many_subwords_as_asked_for(folder):
+    for take, words in enumerate(("low lower lowest", "new newer newest")):
+        (folder / f"0_anna_{take}.wav").rename(folder / f"{words}_anna_{take}.wav")
+    pattern = r"(?P<text>[\w ]+)_(?P<group>[a-z]+)_\d\.wav"
+    options = {"pattern": pattern, "target_symbols": "subwords"}
+    symbols = [make(folder, **options, subword_count=n).codec.target_symbols for n in (12, 40)]
+    few, many = (len(s.split("lowest newest")) for s in symbols)
+    assert few > many == 2
+
+
 def test_groups_are_kept_apart(folder):
     data = make(folder)
     names = {split: [name for _, _, name in rows] for split, rows in data.splits.items()}
@@ -186,9 +196,10 @@ def test_features_of_any_kind(tmp_path):
         ({"val": ["dora"]}, "val: no group 'dora'; .* has anna, ben, cleo"),
         ({"val": ["ben", "anna"]}, "they leave no group for training"),
         ({"mels": 0}, "mels: expected at least 1"),
+        ({"subword_count": 0}, "subword_count: expected at least 1"),
         ({"batch_size": None}, "batch_size, max_tokens: expected at least one"),
     ],
-    ids=["regex", "groups", "same", "unknown", "none-left", "mels", "batch-size"],
+    ids=["regex", "groups", "same", "unknown", "none-left", "mels", "subwords", "batch-size"],
 )
 def test_wrong_arguments_are_named(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
