@@ -1,0 +1,134 @@
+"""LSTMs over padded batches on a CPU: padded steps that hold the state against a packed batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from kernels import native
+
+T, I, H = 6, 5, 7  # noqa: E741
+LENGTHS = torch.tensor([6, 5, 3, 6])
+
+
+def lstm(**options):
+    torch.manual_seed(0)
+    return nn.LSTM(I, H, **options)
+
+
+def zeros(layer, rows):
+    directions = 2 if layer.bidirectional else 1
+    return [torch.zeros(layer.num_layers * directions, rows, H) for _ in range(2)]
+
+
+def run(layer, x, lengths, state=None):
+    """Our function with the weights of a layer of torch: output and both final states."""
+    y, state = native.padded_stack(
+        "lstm",
+        x,
+        list(layer.parameters()),
+        zeros(layer, len(lengths)) if state is None else state,
+        layers=layer.num_layers,
+        directions=2 if layer.bidirectional else 1,
+        training=layer.training,
+        batch_first=layer.batch_first,
+        lengths=lengths,
+    )
+    return y, *state
+
+
+def packed(layer, x, lengths):
+    batch = pack_padded_sequence(x, lengths, layer.batch_first, enforce_sorted=False)
+    y, state = layer(batch)
+    return pad_packed_sequence(y, layer.batch_first, total_length=T)[0], *state
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """A batch that is packed is a failure."""
+    monkeypatch.delattr(native, "packed_stack")
+
+
+@pytest.fixture
+def not_held(monkeypatch):
+    """A batch whose padded steps hold the state is a failure."""
+    monkeypatch.delattr(native, "_held_stack")
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("result", [0, 1, 2, None], ids=["y", "h_n", "c_n", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"bidirectional": True, "num_layers": 2}, id="2-layers-bidirectional"),
+        pytest.param({"bidirectional": True, "bias": False, "batch_first": True}, id="no-bias"),
+    ],
+)
+def test_agrees_with_a_packed_batch(options, result, training):
+    layer = lstm(**options).train(training)
+    shape = (len(LENGTHS), T) if layer.batch_first else (T, len(LENGTHS))
+    x = torch.randn(*shape, I, requires_grad=True)
+    both = []
+    for function in (run, packed):
+        results = function(layer, x, LENGTHS)
+        chosen = results if result is None else results[result : result + 1]
+        loss = sum((r * torch.arange(r.numel()).view_as(r).cos()).sum() for r in chosen)
+        both.append([*results, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_what_stands_in_the_padding_is_not_read():
+    layer = lstm(bidirectional=True)
+    x = torch.randn(T, len(LENGTHS), I)
+    spoilt = x.masked_fill((torch.arange(T)[:, None] >= LENGTHS)[..., None], torch.nan)
+    spoilt.requires_grad_()
+    results = run(layer, spoilt, LENGTHS)
+    for ours, theirs in zip(results, run(layer, x, LENGTHS), strict=True):
+        assert torch.equal(ours, theirs)
+    sum(r.sum() for r in results).backward()
+    assert all(p.grad.isfinite().all() for p in [spoilt, *layer.parameters()])
+
+
+@pytest.mark.usefixtures("unpacked")
+@given(scale=st.sampled_from([1e-3, 1.0, 1e3]), shortest=st.integers(1, T), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_padding_holds_the_state_exactly(scale, shortest, seed):
+    layer, lengths = lstm(bidirectional=True), torch.tensor([T, T, T, T, T, shortest])
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(scale)
+        x = torch.randn(T, len(lengths), I)
+        y, h, c = run(layer, x, lengths)
+        alone = layer(x[:shortest, -1:])
+    assert torch.equal(y[shortest:, -1], torch.zeros(T - shortest, 2 * H))
+    assert torch.equal(h[0, -1], y[shortest - 1, -1, :H])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, scale)}
+    torch.testing.assert_close(y[:shortest, -1], alone[0][:, 0], **tolerance)
+    torch.testing.assert_close(torch.stack([h, c])[:, :, -1], torch.stack(alone[1])[:, :, 0])
+
+
+@pytest.mark.usefixtures("not_held")
+@pytest.mark.parametrize("case", ["sparse", "initial-state", "float64", "gradient-of-state"])
+def test_what_is_packed_after_all(case):
+    layer, x = lstm(bidirectional=True), torch.randn(T, len(LENGTHS), I)
+    lengths, state = LENGTHS, zeros(layer, len(LENGTHS))
+    if case == "sparse":
+        lengths = torch.tensor([6, 1, 1, 2])
+    if case == "initial-state":
+        state[1][0, 0, 0] = 1.0
+    if case == "gradient-of-state":
+        state[0].requires_grad_()
+    if case == "float64":
+        layer, x, state = layer.double(), x.double(), [s.double() for s in state]
+    results = run(layer, x, lengths, state)
+    batch = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, final = layer(batch, tuple(state))
+    expected = pad_packed_sequence(y, total_length=T)[0], *final
+    assert all(map(torch.equal, results, expected))
