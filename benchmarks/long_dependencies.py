@@ -261,7 +261,7 @@ def gates(axes: Sequence[Any], task: str, runs: Runs) -> None:
             if cell == wanted:
                 _curve(axis, run, "carry_top_tenth", BIASES.index(bias), f"carry bias {bias}")
         axis.axhline(1.0, color="grey", linestyle=":")
-        axis.set_ylim(0.5, 1.02)
+        axis.set_ylim(0.3, 1.02)
         _finish(axis, f"{task}, {wanted}: carry gate")
 
 

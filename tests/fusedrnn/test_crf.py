@@ -55,19 +55,22 @@ def enumerate_paths(crf: CRF, emissions: Tensor) -> dict[tuple[int, ...], float]
     return scores
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    scheme=st.sampled_from([None, "BIO", "IOB1", "BIOES"]),
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    seed=st.integers(0, 1000),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-)
-def test_agrees_with_enumeration(
-    scheme: str | None, lengths: list[int], seed: int, scale: float
-) -> None:
-    crf = make(scheme=scheme, seed=seed, scale=scale)
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[CRF, Tensor, Tensor]:
+    """A CRF, emissions [B, T, K] and lengths [B], few enough to enumerate all paths."""
+    scheme = draw(st.sampled_from([None, "BIO", "IOB1", "BIOES"]))
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    scale = draw(st.sampled_from([0.1, 1.0, 30.0]))
+    crf = make(scheme=scheme, seed=draw(st.integers(0, 1000)), scale=scale)
     emissions = scale * torch.randn(len(lengths), max(lengths), crf.num_tags, dtype=torch.float64)
-    sizes = torch.tensor(lengths)
+    return crf, emissions, torch.tensor(lengths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_agrees_with_enumeration(problem: tuple[CRF, Tensor, Tensor]) -> None:
+    crf, emissions, sizes = problem
+    lengths = sizes.tolist()
     partition = crf.log_partition(emissions, sizes)
     marginals = crf.marginals(emissions, sizes)
     paths, best = crf.decode(emissions, sizes)
@@ -114,19 +117,11 @@ def test_n_best_agrees_with_enumeration(
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    scheme=st.sampled_from([None, "BIO", "IOB1", "BIOES"]),
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    seed=st.integers(0, 1000),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-)
-def test_span_marginals_agree_with_enumeration(
-    scheme: str | None, lengths: list[int], seed: int, scale: float
-) -> None:
+@given(problem=problems())
+def test_span_marginals_agree_with_enumeration(problem: tuple[CRF, Tensor, Tensor]) -> None:
     """Of every span of a likely path: the share of the paths that have it, whole and no longer."""
-    crf = make(scheme=scheme, seed=seed, scale=scale)
-    emissions = scale * torch.randn(len(lengths), max(lengths), crf.num_tags, dtype=torch.float64)
-    sizes = torch.tensor(lengths)
+    crf, emissions, sizes = problem
+    lengths = sizes.tolist()
     tags = crf.n_best(emissions, 2, sizes)[0][:, -1]
     spans, expected = [], []
     for row, length in enumerate(lengths):
