@@ -88,18 +88,18 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         shape: Any = op.Constant(value_ints=[0, 0, -1])
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), shape)
 
-    def lstm(x, w, r, b=None, lengths=None, h_0=None, c_0=None, p=None):  # type: ignore[no-untyped-def]
+    def lstm(x, w, r, b=None, lengths=None, h_0=None, c_0=None, p=None):
         steps, attributes = shared(w, r, lengths)
         y, h_n, c_n = op.LSTM(x, w, r, b, steps, h_0, c_0, p, **attributes)
         return rows(y), h_n, c_n
 
-    def gru(x, w, r, b=None, lengths=None, h_0=None, linear_before_reset: bool = True):  # type: ignore[no-untyped-def]
+    def gru(x, w, r, b=None, lengths=None, h_0=None, linear_before_reset: bool = True):
         steps, attributes = shared(w, r, lengths)
         reset = int(linear_before_reset)
         y, h_n = op.GRU(x, w, r, b, steps, h_0, linear_before_reset=reset, **attributes)
         return rows(y), h_n
 
-    def rnn(x, w, r, b=None, lengths=None, h_0=None, activation: str = "Tanh"):  # type: ignore[no-untyped-def]
+    def rnn(x, w, r, b=None, lengths=None, h_0=None, activation: str = "Tanh"):
         steps, attributes = shared(w, r, lengths)
         activations = [activation] * int(r.shape[0])
         y, h_n = op.RNN(x, w, r, b, steps, h_0, activations=activations, **attributes)

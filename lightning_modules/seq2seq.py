@@ -352,7 +352,7 @@ class Seq2Seq(Task):
             return log_probs.index_fill(1, banned, -torch.inf), state
 
         limits = (self.max_length_ratio * source_lengths).long() + self.max_length_extra
-        return options.run(step, state, limits, target.bos, target.eos, numbers)  # type: ignore[arg-type]
+        return options.run(step, state, limits, target.bos, target.eos, numbers)
 
     def translate(
         self, texts: Sequence[str], batch_size: int = 64, **options: Any
