@@ -17,9 +17,8 @@ from .untraced import untraced
 
 State = tuple[Tensor, ...]
 
-FULL = 0.75
-"""Part of the batch that is not padding from which an LSTM on a CPU holds its state in padded steps
-instead of being packed: oneDNN's LSTM, up to twice as fast, takes no packed batch."""
+STEP, CALL = 10, 5000
+"""What oneDNN's LSTM costs beside its rows: a step as much as `STEP` rows, a call as `CALL` / H."""
 
 HELD = 1e30
 """What padded steps add to the gates before the sigmoid: exactly 0 or 1 after it, no gradient."""
@@ -69,14 +68,15 @@ def padded_stack(
         training: whether dropout acts.
         batch_first: layout of x.
         lengths: valid steps of each row, int64 [B], or None. The batch is packed, unless `_holds`:
-            on a GPU this waits for the lengths, which cuDNN wants on the host.
+            on a GPU this waits for the lengths, which cuDNN wants on the host. Packing costs time
+            at every step; oneDNN's LSTM, up to twenty times as fast, takes no packed batch.
 
     Returns:
         Output in the layout of x, and the final states shaped as the initial ones.
     """
-    if lengths is not None and _holds(cell, x, weights, state, lengths):
+    if lengths is not None and _holds(cell, x, weights, state):
         rows = x.transpose(0, 1) if batch_first else x
-        y, final = _held_stack(rows, weights, state, lengths, layers, dropout, training)
+        y, final = _grouped_stack(rows, weights, state, lengths, layers, dropout, training)
         return y.transpose(0, 1) if batch_first else y, final
     if lengths is not None and len(lengths):  # an empty batch cannot be packed
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
@@ -97,19 +97,62 @@ def padded_stack(
     return y, tuple(results)
 
 
-def _holds(
-    cell: str, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor], lengths: Tensor
-) -> bool:
-    """Whether `_held_stack` gives the right results, and fast."""
+def _holds(cell: str, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor]) -> bool:
+    """Whether `_held_stack` gives the right results."""
     projected = len(state) > 1 and state[0].shape[-1] != state[1].shape[-1]
     if cell != "lstm" or projected or not x.numel() or torch.is_autocast_enabled("cpu"):
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weights[0].dtype != x.dtype:
         return False
     # The backward direction begins with padded steps, which hold a state of zeros only.
-    if not torch.backends.mkldnn.enabled or any(s.requires_grad or s.any() for s in state):
-        return False
-    return lengths.sum().item() >= FULL * x.shape[0] * x.shape[1]
+    return bool(torch.backends.mkldnn.enabled) and not any(
+        s.requires_grad or s.any() for s in state
+    )
+
+
+def _groups(lengths: Sequence[int], call: float) -> list[int]:
+    """How many rows to run together, longest first: groups of like lengths have little padding.
+
+    Args:
+        lengths: of the rows, descending.
+        call: what a call costs, in rows and steps.
+    """
+    rows, longest = len(lengths), lengths[0]
+    saved = {
+        k: longest * (rows - k) - length * (rows - k + STEP)
+        for k, length in enumerate(lengths)
+        if k and length < lengths[k - 1]
+    }
+    cut = max(saved, key=saved.__getitem__, default=0)
+    if not cut or saved[cut] <= call:
+        return [rows]
+    return _groups(lengths[:cut], call) + _groups(lengths[cut:], call)
+
+
+def _grouped_stack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: Sequence[Tensor],
+    lengths: Tensor,
+    layers: int,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, State]:
+    """Run LSTMs over a padded batch [T, B, I], rows of like lengths together."""
+    options = layers, dropout, training
+    sizes, order = lengths.sort(descending=True, stable=True)
+    groups = _groups(sizes.tolist(), CALL / state[0].shape[-1])
+    if len(groups) == 1:
+        return _held_stack(x, weights, state, lengths, *options)
+    parts = zip(x.index_select(1, order).split(groups, 1), sizes.split(groups), strict=True)
+    runs = []
+    for rows, own in parts:
+        given = [s[:, : len(own)] for s in state]
+        y, final = _held_stack(rows[: int(own[0])], weights, given, own, *options)
+        runs.append((F.pad(y, (0, 0, 0, 0, 0, len(x) - len(y))), *final))
+    places = order.argsort()
+    y, *ends = (torch.cat(run, 1).index_select(1, places) for run in zip(*runs, strict=True))
+    return y, tuple(ends)
 
 
 def _held_stack(

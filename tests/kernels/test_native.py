@@ -1,5 +1,7 @@
 """LSTMs over padded batches on a CPU: padded steps that hold the state against a packed batch."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,7 +59,15 @@ def not_held(monkeypatch):
     monkeypatch.delattr(native, "_held_stack")
 
 
-@pytest.mark.usefixtures("unpacked")
+@pytest.fixture(params=[False, True], ids=["together", "in-groups"])
+def grouped(request, monkeypatch):
+    """Whether rows of like lengths run apart even where that does not pay."""
+    if request.param:
+        monkeypatch.setattr(native, "STEP", 0)
+        monkeypatch.setattr(native, "CALL", 0)
+
+
+@pytest.mark.usefixtures("unpacked", "grouped")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("result", [0, 1, 2, None], ids=["y", "h_n", "c_n", "all"])
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def test_agrees_with_a_packed_batch(options, result, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.usefixtures("unpacked")
+@pytest.mark.usefixtures("unpacked", "grouped")
 def test_what_stands_in_the_padding_is_not_read():
     layer = lstm(bidirectional=True)
     x = torch.randn(T, len(LENGTHS), I)
@@ -114,13 +124,32 @@ def test_padding_holds_the_state_exactly(scale, shortest, seed):
     torch.testing.assert_close(torch.stack([h, c])[:, :, -1], torch.stack(alone[1])[:, :, 0])
 
 
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), call=st.integers(0, 500))
+def test_groups_cost_no_more_than_one(lengths, call):
+    lengths = sorted(lengths, reverse=True)
+    groups = native._groups(lengths, call)
+    ends = list(itertools.accumulate(groups))
+    assert ends[-1] == len(lengths) and min(groups) > 0
+    assert all(lengths[end - 1] > lengths[end] for end in ends[:-1])
+    starts = [0, *ends[:-1]]
+
+    def cost(first, end):
+        return lengths[first] * (end - first + native.STEP) + call
+
+    assert sum(map(cost, starts, ends)) <= cost(0, len(lengths))
+    assert len(groups) == 1 or call < 40 * len(lengths)
+
+
+def test_a_long_row_among_short_ones_runs_alone():
+    assert native._groups([500, *[20] * 31], 200) == [1, 31]
+    assert native._groups([20] * 32, 0) == [32]
+
+
 @pytest.mark.usefixtures("not_held")
-@pytest.mark.parametrize("case", ["sparse", "initial-state", "float64", "gradient-of-state"])
+@pytest.mark.parametrize("case", ["initial-state", "float64", "gradient-of-state"])
 def test_what_is_packed_after_all(case):
     layer, x = lstm(bidirectional=True), torch.randn(T, len(LENGTHS), I)
     lengths, state = LENGTHS, zeros(layer, len(LENGTHS))
-    if case == "sparse":
-        lengths = torch.tensor([6, 1, 1, 2])
     if case == "initial-state":
         state[1][0, 0, 0] = 1.0
     if case == "gradient-of-state":
