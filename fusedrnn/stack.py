@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .recurrent import GRU, LSTM, RNN
 from .streaming import StackStream
 
@@ -173,7 +174,7 @@ class RecurrentStack(nn.Module):
         self.initial_states = (
             nn.ModuleList(_zero_state(layer, where) for layer in layers) if learned_states else None
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output_size = sizes[-1]
 
     def forward(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusedrnn import LSTM, RecurrentStack
 from fusedrnn.crf import CRF, PADDING
+from fusedrnn.dropout import Dropout
 from fusedrnn.saving import saveable
 
 Head = Literal["crf", "softmax"]
@@ -93,7 +94,7 @@ class CharacterEncoder(nn.Module):
         self.embedding = nn.Embedding(num_characters, size, padding_idx=0)
         bound = math.sqrt(3 / size)
         nn.init.uniform_(self.embedding.weight[1:], -bound, bound)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lstm = (
             LSTM(size, hidden_size, batch_first=True, bidirectional=True) if hidden_size else None
         )
@@ -126,7 +127,7 @@ class SequenceDropout(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(probability)
+        self.dropout = Dropout(probability)
 
     def forward(self, features: Tensor) -> Tensor:
         """Drops from [B, T, C]."""
@@ -363,7 +364,7 @@ class TaggerModel(TagHead):
             )
             width += self.characters.output_size
         self.casings = nn.Embedding(num_casings, casing_size) if casing_size else None
-        self.dropout = SequenceDropout(dropout) if variational_dropout else nn.Dropout(dropout)
+        self.dropout = SequenceDropout(dropout) if variational_dropout else Dropout(dropout)
         self.stack = RecurrentStack(
             width,
             hidden_sizes,
