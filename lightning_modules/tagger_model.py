@@ -51,6 +51,7 @@ class WordEmbedding(nn.Module):
             given = ~vectors.isnan().any(1)
             table = torch.where(given[:, None], vectors, table)
         table[0] = 0
+        self.freeze = freeze
         self.words = nn.Parameter(table[:num_words].clone())
         self.register_buffer("fixed", table[num_words:].clone())
         self.register_buffer("frozen", given[:num_words] & freeze)
@@ -59,7 +60,8 @@ class WordEmbedding(nn.Module):
         """Looks up words: int64 [*] to [*, size]."""
         own = numbers.clamp(max=len(self.words) - 1)
         found = F.embedding(own, self.words, padding_idx=0)
-        found = torch.where(self.frozen[own][..., None], found.detach(), found)
+        if self.freeze:
+            found = torch.where(self.frozen[own][..., None], found.detach(), found)
         if len(self.fixed) == 0:
             return found
         fixed = F.embedding((numbers - len(self.words)).clamp(min=0), self.fixed)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -231,8 +232,12 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
         value: what stands past the end of a shorter one.
     """
     width = max(map(len, rows), default=0)
-    filled = [[*row, *[value] * (width - len(row))] for row in rows]
-    return torch.tensor(filled, dtype=torch.int64).view(len(rows), width)
+    filled: list[int] = []
+    for row in rows:
+        filled += row
+        filled += [value] * (width - len(row))
+    # torch.tensor takes twice as long for a list.
+    return torch.from_numpy(np.array(filled, dtype=np.int64)).view(len(rows), width)
 
 
 def lengths(rows: Sequence[Sequence[object]]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -690,6 +690,7 @@ def _normalise(token: str, lowercase: bool, digits: bool) -> str:
     return re.sub(r"\d", "0", token) if digits else token
 
 
+@lru_cache(maxsize=1 << 16)
 def casing(token: str) -> int:
     """Returns the place in `CASINGS` of how a word is written."""
     letters = [character for character in token if character.isalpha()]

@@ -95,7 +95,10 @@ class Vocabulary:
 
     def encode(self, symbols: Iterable[str]) -> list[int]:
         """Returns the numbers of a sequence of symbols."""
-        return [self.index(symbol) for symbol in symbols]
+        if self.unk is None:
+            return [self.index(symbol) for symbol in symbols]
+        find, unknown = self._numbers.get, self.unk
+        return [find(symbol, unknown) for symbol in symbols]
 
     def decode(self, numbers: Iterable[int]) -> list[str]:
         """Returns the symbols of a sequence of numbers, special ones included."""
