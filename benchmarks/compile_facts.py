@@ -72,8 +72,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack and local loads or stores, which is what spills are."""
+def usage(cubin: bytes) -> Row:
+    """Registers, bytes of stack, and spills: loads and stores of local memory, all and in loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -83,10 +83,25 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         found = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", dump("--dump-sass")))
+        spills, looping = count_spills(dump("--dump-sass"))
     if found is None:
         raise RuntimeError("cuobjdump does not say how many registers the kernel uses")
-    return int(found[1]), int(found[2]), spills
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": spills,
+        "spills_in_loops": looping,
+    }
+
+
+def count_spills(sass: str) -> tuple[int, int]:
+    """Instructions of a disassembly that load or store local memory: all, and those in loops."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", sass)
+    code = [(int(address, 16), instruction) for address, instruction in lines]
+    jumps = ((at, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", i)) for at, i in code)
+    back = [(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at]
+    spills = [at for at, instruction in code if re.search(r"\b(?:LDL|STL)\b", instruction)]
+    return len(spills), sum(any(first <= at <= last for first, last in back) for at in spills)
 
 
 def weights_reloaded(ttgir: str) -> int:
@@ -111,11 +126,7 @@ def facts(
         launch_cooperative_grid=plan.slices > 1,
     )
     ptx = compiled.asm["ptx"]
-    registers, stack, spills = _usage(compiled.asm["cubin"])
-    return {
-        "registers": registers,
-        "stack": stack,
-        "spills": spills,
+    return usage(compiled.asm["cubin"]) | {
         "shared": compiled.metadata.shared,
         "weights_reloaded": weights_reloaded(compiled.asm["ttgir"]),
         "wgmma": ptx.count("wgmma.mma_async"),

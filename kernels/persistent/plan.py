@@ -38,6 +38,7 @@ How backward could be split otherwise, and why it is not:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -322,23 +323,22 @@ def _candidates(
     Tensor cores of sm_90 multiply tiles of 64 rows by `wgmma`, whose operand descriptors, two
     registers for every 32 bytes of K, are hoisted out of the time loop: this bounds K. Fewer rows
     take `mma.sync`. Exact float32 products have no tensor core; their operands pass through
-    registers, so K is short.
+    registers, so K is short and, with four gates, U times R at most 256.
     """
-    padded, gates = max(16, _power(size)), CELLS[cell].gates
+    padded = max(16, _power(size))
     tall = max(_rows_padded(count) for _, count in BLOCKS[cell].products)
     steps = size * itemsize // 32
     normed = cell == "lstm_layernorm"  # holds more tiles at once than the others
     most = 32 if normed else 64
     if exact:
-        short = gates * size <= 1024 if backward else size <= 256
-        for rows in (16, 32):
-            if padded <= 32:
-                yield _Shape(padded, rows, padded, 4, True)
-            elif short:
-                yield _Shape(16, rows, 16, 4, True)
-            for units in (16, 32, 64):
-                if padded > 32:
-                    yield _Shape(units, rows, 32, 8, False)
+        if padded <= 32:
+            yield from (_Shape(padded, rows, padded, 4, True) for rows in (16, 32))
+            return
+        for units, rows in itertools.product((8, 16), (16, 32)):
+            if units * rows <= 256 or CELLS[cell].gates < 4:
+                yield _Shape(units, rows, 64 if backward else 32, 8, True)
+        for units, rows in itertools.product((16, 32, 64), (16, 32)):
+            yield _Shape(units, rows, 32, 8, False)
         return
     if padded <= (64 if normed and backward else 128):
         wide = padded > 64 or (normed and backward)
@@ -346,10 +346,10 @@ def _candidates(
     for rows in (16, 32, 64):
         if backward:
             chunk = 64 if normed or itemsize == 4 else 256
-            if not (normed and rows == 16 and size > 512):
+            if not (normed and rows == 16):
                 yield _Shape(16, rows, min(chunk, padded), 8, True)
             continue
-        short = rows > 16 or normed or len(BLOCKS[cell].products) > 1
+        short = rows > 16 or normed or tall < 4
         chunk = min(padded, (256 if short else 512) // itemsize)
         for units in (16, 32, 64):
             height = units * tall

@@ -10,7 +10,11 @@ from kernels import CELLS
 from kernels.persistent.plan import Device, choose, product_precision
 
 HOPPER = Device("H200", (9, 0), 132, 232448)
-DTYPES = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32")}
+DTYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
 
 
 def plan(
@@ -24,9 +28,7 @@ def plan(
     size=st.integers(1, 4096),
     batch=st.integers(1, 2000),
     directions=st.sampled_from([1, 2]),
-    dtype=st.sampled_from(
-        [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
-    ),
+    dtype=st.sampled_from(list(DTYPES.values())),
     backward=st.booleans(),
     multiprocessors=st.integers(64, 160),
 )
@@ -54,7 +56,7 @@ def test_small_layers_need_no_communication(size):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("dtype", "size"), [("bf16", 1024), ("tf32", 768)])
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 1024), ("tf32", 768), ("fp32", 768)])
 def test_weights_stay_on_chip_up_to_the_promised_size(cell, dtype, size, backward):
     assert plan(cell, size, 16, dtype=dtype, backward=backward).resident
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from triton.runtime import driver
 
-from benchmarks.compile_facts import _Driver, _usage
+from benchmarks.compile_facts import _Driver, usage
 from kernels.crf import paths, sums
 
 CAPABILITIES = {80: (16, 64), 90: (9, 20, 64), 100: (20, 64)}
@@ -27,13 +27,7 @@ class Compiler:
     def __getitem__(self, grid):
         def compile_(*arguments, **options):
             compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-            registers, stack, spills = _usage(compiled.asm["cubin"])
-            self.facts = {
-                "registers": registers,
-                "stack": stack,
-                "spills": spills,
-                "shared": compiled.metadata.shared,
-            }
+            self.facts = usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
 
         return compile_
 
