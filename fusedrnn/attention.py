@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.attention.sources import AdditiveScore
 from kernels.torch_loop import tanh_
 
 __all__ = [
@@ -125,14 +126,24 @@ class Attention(nn.Module):
                 "without coverage takes none" if self.coverage is None else "needs its coverage"
             )
             raise ValueError(f"coverage: an attention {wanted}")
-        score = self.score(query, self.project(keys) if projected is None else projected, coverage)
-        if lengths is None:
-            weights = score.softmax(-1)
-        else:
-            padding = ~valid_positions(lengths, keys.shape[1])[:, None]
-            masked = score.masked_fill(padding, torch.finfo(score.dtype).min)
-            weights = masked.softmax(-1).masked_fill(padding, 0.0)
+        projected = self.project(keys) if projected is None else projected
+        weights = self.weigh(query, projected, lengths, coverage)
         return weights.to(keys.dtype) @ keys, weights
+
+    def weigh(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        lengths: Tensor | None = None,
+        coverage: Tensor | None = None,
+    ) -> Tensor:
+        """The weights [B, Q, S] alone; arguments as in `forward`."""
+        score = self.score(query, projected, coverage)
+        if lengths is None:
+            return score.softmax(-1)
+        padding = ~valid_positions(lengths, projected.shape[1])[:, None]
+        masked = score.masked_fill(padding, torch.finfo(score.dtype).min)
+        return masked.softmax(-1).masked_fill(padding, 0.0)
 
     def _check(self, query: Tensor, keys: Tensor, lengths: Tensor | None) -> None:
         for name, tensor, size in (
@@ -256,17 +267,24 @@ class AdditiveAttention(Attention):
 
     def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
         """Compute `v . tanh(W q + (U k + b) + coverage w)` [B, Q, S]."""
-        hidden = self.query(query)[:, :, None] + projected[:, None]
+        asked = self.query(query)
+        if undifferentiated(asked):
+            additive = AdditiveScore(projected[:, None], self.energy.weight[0], self.coverage)
+            return additive.score(additive.sigma(asked, coverage)) - self.energy.weight.sum()
+        hidden = asked[:, :, None] + projected[:, None]
         if self.coverage is not None and coverage is not None:
             hidden = hidden + coverage[..., None] * self.coverage
-        return self.energy(fast_tanh(hidden)).squeeze(-1)
+        return self.energy(torch.tanh(hidden)).squeeze(-1)
+
+
+def undifferentiated(x: Tensor) -> bool:
+    """Whether x is on a CPU and wants no gradient, so that operations in place are possible."""
+    return not (x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling())
 
 
 def fast_tanh(x: Tensor) -> Tensor:
     """Tanh; on a CPU, where no gradient is wanted, in place and in a third of torch's time."""
-    if x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.tanh(x)
-    return tanh_(x)
+    return tanh_(x) if undifferentiated(x) else torch.tanh(x)
 
 
 ATTENTIONS: dict[str, type[DotAttention | GeneralAttention | AdditiveAttention]] = {

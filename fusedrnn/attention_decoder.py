@@ -22,6 +22,7 @@ from kernels.attention import (
     decode,
 )
 from kernels.attention.spec import CELLS
+from kernels.attention.stepper import Parents, advance
 
 from .attention import AdditiveAttention, build_attention, fast_tanh
 from .stack import LayerState, RecurrentStack
@@ -46,11 +47,19 @@ class EncodedSource(NamedTuple):
         keys: [B, S, K], outputs of the last encoder layer.
         projected: [B, S, P], the keys as the attention's score wants them; None without attention.
         lengths: int64 [B].
+        combined: [B, S, F], what each key adds to the features before tanh; only where it was worth
+            computing.
     """
 
     keys: Tensor
     projected: Tensor | None
     lengths: Tensor
+    combined: Tensor | None = None
+
+    def select(self, rows: Tensor) -> EncodedSource:
+        """Keep, repeat or reorder rows, int64 [N]."""
+        fields = (None if v is None else v.index_select(0, rows) for v in self)
+        return EncodedSource(*cast(Any, fields))
 
 
 class DecoderState(NamedTuple):
@@ -58,15 +67,29 @@ class DecoderState(NamedTuple):
 
     Attributes:
         source: the encoded source of each row, or of each group of as many rows.
-        layers: one entry per decoder layer, h [1, B, H] or (h, c).
-        feed: [B, F], the last attentional features with feedback "features", else None.
-        coverage: [B, S], the attention given so far, with coverage, else None.
+        layers: one entry per decoder layer, h [1, R, H] or (h, c).
+        feed: [R, F], the last attentional features with feedback "features", else None.
+        coverage: [R, S], the attention given so far, with coverage, else None.
+        rows: int64 [B], which of R each row continues, so that rows which continue the same can
+            share work; None: R = B, each its own.
     """
 
     source: EncodedSource
     layers: list[LayerState]
     feed: Tensor | None = None
     coverage: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of rows."""
+        return self._stored if self.rows is None else len(self.rows)
+
+    @property
+    def _stored(self) -> int:
+        """R."""
+        top = self.layers[-1]
+        return (top[0] if isinstance(top, tuple) else top).shape[1]
 
     def select(self, rows: Tensor, sources: Tensor | None = None) -> DecoderState:
         """Keep, repeat or reorder rows.
@@ -80,6 +103,14 @@ class DecoderState(NamedTuple):
         Returns:
             The state of those N rows.
         """
+        kept = rows if self.rows is None else self.rows.index_select(0, rows)
+        return self._replace(source=self._sources(rows, sources), rows=kept)
+
+    def apart(self) -> DecoderState:
+        """The same with layers, feed and coverage of its own for each row."""
+        if self.rows is None:
+            return self
+        rows = self.rows
         layers = [
             (s[0].index_select(1, rows), s[1].index_select(1, rows))
             if isinstance(s, tuple)
@@ -89,7 +120,25 @@ class DecoderState(NamedTuple):
         feed, coverage = (
             None if v is None else v.index_select(0, rows) for v in (self.feed, self.coverage)
         )
-        return DecoderState(self._sources(rows, sources), layers, feed, coverage)
+        return DecoderState(self.source, layers, feed, coverage)
+
+    def asks(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What an attention weighs by: queries, projected keys, lengths and coverage.
+
+        Args:
+            query: [B, *, Q] of each row; they are put together by source, [M, *, Q].
+        """
+        _, projected, lengths, _ = self.source
+        assert projected is not None
+        seen = None if self.coverage is None else self.coverage.unflatten(0, (len(lengths), -1))
+        return query.reshape(len(lengths), -1, query.shape[-1]), projected, lengths, seen
+
+    def parents(self) -> Parents:
+        """What the rows continue."""
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(self.size, device=self.source.lengths.device)
+        return Parents.of(rows, self._stored)
 
     def first(self, count: int) -> DecoderState:
         """Keep the first rows, each of which has a source of its own."""
@@ -100,24 +149,16 @@ class DecoderState(NamedTuple):
             for s in self.layers
         ]
         rest = (None if v is None else v[:count] for v in (*self.source, self.feed, self.coverage))
-        keys, projected, lengths, feed, coverage = rest
-        assert keys is not None and lengths is not None
-        return DecoderState(EncodedSource(keys, projected, lengths), layers, feed, coverage)
+        *source, feed, coverage = rest
+        return DecoderState(EncodedSource(*cast(Any, source)), layers, feed, coverage)
 
     def _sources(self, rows: Tensor, kept: Tensor | None) -> EncodedSource:
         """The sources of selected rows; where all stay, without a copy."""
         if kept is None:
-            top = self.layers[-1]
-            count = (top[0] if isinstance(top, tuple) else top).shape[1]
-            kept = rows // (count // len(self.source.lengths))
+            kept = rows // (self.size // len(self.source.lengths))
         elif len(kept) == len(self.source.lengths):
             return self.source
-        keys, projected, lengths = self.source
-        return EncodedSource(
-            keys.index_select(0, kept),
-            None if projected is None else projected.index_select(0, kept),
-            lengths.index_select(0, kept),
-        )
+        return self.source.select(kept)
 
 
 class DecoderOutput(NamedTuple):
@@ -127,7 +168,7 @@ class DecoderOutput(NamedTuple):
         features: [B, T, F], what predicts: tanh(W [context; output]) after dropout, or without
             attention the output after dropout.
         outputs: [B, T, Q], of the top layer.
-        context: [B, T, K], None without attention.
+        context: [B, T, K], None without attention, or where a step found the features without.
         weights: [B, T, S], of the attention, zero at padding; None without.
         symbols: int64 [B, T], what was fed under scheduled sampling, else None.
     """
@@ -267,6 +308,7 @@ class AttentionDecoder(nn.Module):
         """
         if sampling is not None and sampling.probability == 0:
             sampling = None
+        state = state.apart()
         loop = self.feedback != "none" or self.covers or sampling is not None
         if loop and self.attention is not None and self.cell in CELLS:
             return self._loop(x, state, sampling)
@@ -294,10 +336,10 @@ class AttentionDecoder(nn.Module):
         lengths, order = lengths.sort(descending=True, stable=True)
         steps, longest = x.shape[1], int(lengths[0])
         counts = (lengths[:, None] > torch.arange(longest)).sum(0).tolist()
-        parts = _parts(counts)
+        parts, state = _parts(counts), state.apart()
         if len(parts) == 1 and longest == steps:
             return self._loop(x, state, None)[0]
-        x, state = x.index_select(0, order), state.select(order)
+        x, state = x.index_select(0, order), state.select(order).apart()
         results = []
         for first, last in parts:
             size = counts[first]
@@ -311,17 +353,82 @@ class AttentionDecoder(nn.Module):
         rows_back = (None if v is None else v.index_select(0, back) for v in joined)
         return DecoderOutput(*cast(Any, rows_back))
 
-    def step(self, x_t: Tensor, state: DecoderState) -> tuple[DecoderOutput, DecoderState]:
+    def step(
+        self, x_t: Tensor, state: DecoderState, inputs: Tensor | None = None
+    ) -> tuple[DecoderOutput, DecoderState]:
         """Decode one step.
 
         Args:
-            x_t: [B, E].
-            state: from `start`, or after earlier steps.
+            x_t: [M, E].
+            state: of B rows, from `start`, or after earlier steps.
+            inputs: int64 [B], which of x_t each row takes; None: M = B, its own.
 
         Returns:
             What the step computes, and the state after it.
         """
-        return self._step(self.dropout(x_t), state)
+        if self._shares(x_t):
+            return self._shared_step(x_t, inputs, state)
+        x_t = x_t if inputs is None else x_t.index_select(0, inputs)
+        return self._step(self.dropout(x_t), state.apart())
+
+    def _shares(self, x: Tensor) -> bool:
+        """Whether the rows of a step can share work, which a CPU without gradients wants."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and self.cell in CELLS
+            and not (
+                self.training
+                or torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu")
+                or torch.compiler.is_compiling()
+            )
+        )
+
+    def _shared_step(
+        self, x: Tensor, inputs: Tensor | None, state: DecoderState
+    ) -> tuple[DecoderOutput, DecoderState]:
+        """A step in which what several rows have in common is computed once."""
+        parents = state.parents()
+        layers = [tuple(s[0] for s in v) if isinstance(v, tuple) else (v[0],) for v in state.layers]
+        coverage = state.coverage
+        if coverage is not None:
+            coverage = coverage.index_select(0, parents.rows)
+        now, found = state._replace(coverage=coverage), None
+        fed = None if state.feed is None else state.feed.index_select(0, parents.kept)
+        if self.feedback == "context":
+            query = layers[-1][0].index_select(0, parents.rows)
+            found = self._look(query[:, None], now)
+            fed = parents.gather(found[0][:, 0])
+        final = advance(self.cell, self._layers(), x, inputs, fed, layers, parents)
+        source, outputs = state.source, final[-1][0]
+        if found is None and self.attention is not None and now.size > len(source.keys):
+            source, result = self._attend_combined(outputs, now)
+        else:
+            result = self._attend(outputs[:, None], now, found)
+            result = DecoderOutput(*(cast(Any, None if v is None else v[:, 0]) for v in result))
+        if coverage is not None and result.weights is not None:
+            coverage = coverage + result.weights
+        feed = None if state.feed is None else result.features
+        new = [(s[0][None], s[1][None]) if len(s) == 2 else s[0][None] for s in final]
+        return result, DecoderState(source, cast(list[LayerState], new), feed, coverage)
+
+    def _attend_combined(
+        self, outputs: Tensor, state: DecoderState
+    ) -> tuple[EncodedSource, DecoderOutput]:
+        """`_attend` for outputs [B, Q] of which several share a source.
+
+        The keys' part of the features is linear: it is computed once for each key, and averaged.
+        """
+        of_keys, of_outputs = self.combine.weight.split((self.key_size, outputs.shape[-1]), 1)
+        source = state.source
+        if source.combined is None:
+            source = source._replace(combined=source.keys @ of_keys.t())
+        assert self.attention is not None and source.combined is not None
+        weights = self.attention.weigh(*state.asks(outputs))
+        mixed = (weights @ source.combined).flatten(0, 1)
+        features = fast_tanh(mixed.addmm_(outputs, of_outputs.t()))
+        return source, DecoderOutput(features, outputs, None, weights.flatten(0, 1))
 
     def _step(self, x: Tensor, state: DecoderState) -> tuple[DecoderOutput, DecoderState]:
         found = None
@@ -344,10 +451,8 @@ class AttentionDecoder(nn.Module):
     def _look(self, query: Tensor, state: DecoderState) -> tuple[Tensor, Tensor]:
         """Context [B, q, K] and weights [B, q, S] of queries [B, q, Q]."""
         assert self.attention is not None
-        keys, projected, lengths = state.source
-        seen = None if state.coverage is None else state.coverage.unflatten(0, (len(keys), -1))
-        shared = query.reshape(len(keys), -1, query.shape[-1])  # the hypotheses of a source
-        context, weights = self.attention(shared, keys, lengths, projected, seen)
+        shared, projected, lengths, seen = state.asks(query)
+        context, weights = self.attention(shared, state.source.keys, lengths, projected, seen)
         places = query.shape[:2]
         return context.reshape(*places, -1), weights.reshape(*places, -1)
 
@@ -369,7 +474,7 @@ class AttentionDecoder(nn.Module):
         results: list[DecoderOutput] = []
         for t in range(x.shape[1]):
             if drawn is None:
-                result, state = self.step(x[:, t], state)
+                result, state = self._step(self.dropout(x[:, t]), state)
             else:
                 features = results[-1].features if results else x[:, 0]
                 symbols = drawn.draw(t, features)
@@ -396,24 +501,29 @@ class AttentionDecoder(nn.Module):
         mask = self._ones(x, x.shape[2])
         return Sampling(symbols, replaced, sampling.embed, sampling.logits, mask)
 
-    def weights(self) -> DecoderWeights:
-        """The parameters as `kernels.attention.decode` takes them."""
-        assert self.attention is not None
+    def _layers(self) -> list[LayerWeights]:
+        """The parameters of the recurrent layers."""
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        layers = [
+        return [
             LayerWeights(*(cast(Any, getattr(layer, n, None)) for n in names))
             for layer in self.stack.layers
         ]
+
+    def weights(self) -> DecoderWeights:
+        """The parameters as `kernels.attention.decode` takes them."""
+        assert self.attention is not None
         query = energy = None
         if isinstance(self.attention, AdditiveAttention):
             query, energy = self.attention.query.weight, self.attention.energy.weight[0]
-        return DecoderWeights(layers, self.combine.weight, query, energy, self.attention.coverage)
+        return DecoderWeights(
+            self._layers(), self.combine.weight, query, energy, self.attention.coverage
+        )
 
     def _loop(
         self, x: Tensor, state: DecoderState, sampling: ScheduledSampling | None
     ) -> tuple[DecoderOutput, DecoderState]:
         """One call of the kernels for all steps."""
-        keys, projected, lengths = state.source
+        keys, projected, lengths, _ = state.source
         assert projected is not None
         x = x.transpose(0, 1)
         drawn = None if sampling is None else self._draws(x, sampling)

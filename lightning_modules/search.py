@@ -416,7 +416,9 @@ def beam_search(
         if not constraints.empty:
             log_probs = constraints.apply(log_probs, beam.symbols.flatten(0, 1)[:, :t], end)
         beam, origins = _extend(beam, log_probs, t, beam_size)
-        beam = _finish(beam, t, limits[beam.rows], end, alpha)
+        ended = (beam.symbols[:, :, t] == end) | (limits[beam.rows, None] == t + 1)
+        if ended.any():
+            beam = _finish(beam, ended, t, alpha)
         going = beam.totals.isfinite().any(-1)
         if early_stop:
             bound = normalise(beam.totals.amax(-1), limits[beam.rows], alpha)
@@ -449,9 +451,8 @@ def _extend(beam: _Beam, log_probs: Tensor, t: int, width: int) -> tuple[_Beam, 
     return beam._replace(totals=totals, symbols=symbols), origins
 
 
-def _finish(beam: _Beam, t: int, limits: Tensor, end: int, alpha: float) -> _Beam:
-    """Move hypotheses that ended at step t from the live to the finished ones."""
-    ended = (beam.symbols[:, :, t] == end) | (limits[:, None] == t + 1)
+def _finish(beam: _Beam, ended: Tensor, t: int, alpha: float) -> _Beam:
+    """Move hypotheses that ended at step t, bool [R, W], from the live to the finished ones."""
     lengths = torch.full_like(beam.symbols[:, :, t], t + 1)
     scores = normalise(beam.totals, lengths, alpha).masked_fill(~ended, -torch.inf)
     scores = torch.cat([beam.done_scores, scores], 1)

@@ -144,9 +144,7 @@ class CopyState(NamedTuple):
         """Keep, repeat or reorder rows; see `DecoderState.select`."""
         kept = sources
         if kept is None:
-            top = self.decoder.layers[-1]
-            count = (top[0] if isinstance(top, tuple) else top).shape[1]
-            kept = rows // (count // len(self.copies))
+            kept = rows // (self.decoder.size // len(self.copies))
         return CopyState(self.decoder.select(rows, sources), self.copies[kept], self.size)
 
 
@@ -431,7 +429,8 @@ class Seq2SeqModel(nn.Module):
             features, weights = found.features[:, None], found.weights[:, None]
             mixed = self._mix(features, embedded[:, None], weights, copies, state.size)[:, 0]
             return mixed.log(), state._replace(decoder=inner)
-        found, state = self.decoder.step(self.target_embedding(symbols), state)
+        symbols, inputs = symbols.unique(return_inverse=True)
+        found, state = self.decoder.step(self.target_embedding(symbols), state, inputs)
         logits = self.output(found.features)
         return torch.log_softmax(
             logits.to(torch.promote_types(logits.dtype, torch.float32)), -1

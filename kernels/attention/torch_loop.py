@@ -156,7 +156,7 @@ class Layer(NamedTuple):
     recurrent: Tensor
 
 
-def _layers(cell: Cell, weights: Sequence[LayerWeights], inputs: int) -> list[Layer]:
+def split_layers(cell: Cell, weights: Sequence[LayerWeights], inputs: int) -> list[Layer]:
     """The layers of weights whose lowest one reads x of so many elements."""
     parts = []
     for index, layer in enumerate(weights):
@@ -166,7 +166,7 @@ def _layers(cell: Cell, weights: Sequence[LayerWeights], inputs: int) -> list[La
     return parts
 
 
-def _bias(cell: Cell, layer: LayerWeights) -> Tensor:
+def input_bias(cell: Cell, layer: LayerWeights) -> Tensor:
     """Both biases, in the blocks where they belong [4H]."""
     total = layer.w_hh.new_zeros(4 * layer.w_hh.shape[1])
     fed, recurrent = cell.split(total)
@@ -594,7 +594,7 @@ class _Decoder(torch.autograd.Function):
         gates, hidden, fed, flat = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         cells = list(zip(flat[::2], flat[1::2], strict=True))
         run = Run(gates, hidden, cells, fed, context, alpha, coverage, query, features)
-        layers = _layers(cell, weights, x.shape[2])
+        layers = split_layers(cell, weights, x.shape[2])
         back = _Backward(
             ctx.problem, run, sources, layers, combine, ctx.masks, grads[:4], grads[4:]
         )
@@ -664,8 +664,10 @@ def decode(
     with torch.no_grad():
         cell, attention = CELLS[problem.cell], _detached(weights[2:])
         sources = Sources(keys.detach(), projected.detach(), lengths, *attention)
-        layers = _layers(cell, [LayerWeights(*_detached(w)) for w in weights.layers], x.shape[2])
-        biases = [_bias(cell, layer) for layer in weights.layers]
+        layers = split_layers(
+            cell, [LayerWeights(*_detached(w)) for w in weights.layers], x.shape[2]
+        )
+        biases = [input_bias(cell, layer) for layer in weights.layers]
         gates = [b.expand(*x.shape[:2], -1).contiguous() for b in biases]
         lowest, given = cell.split(gates[0])[0], layers[0].given
         lowest.flatten(0, 1).addmm_(x.flatten(0, 1), given.t())

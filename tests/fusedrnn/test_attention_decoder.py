@@ -129,6 +129,33 @@ def test_padding_order_and_company_change_nothing(options, data):
 @pytest.mark.parametrize("options", VARIANTS)
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
+@torch.no_grad()
+def test_rows_that_share_what_they_continue_are_as_rows_of_their_own(options, data):
+    """A step and the one after, whichever rows continue the same and have the same input."""
+    decoder = make(**options).eval()
+    x, state, _ = problem(decoder, seed=data.draw(st.integers(0, 99)))
+    width = data.draw(st.integers(1, 4))
+    _, state = decoder.step(x[:, 0], state)
+    copied = state
+    for t in (1, 2):
+        now, each = state.size // 3, [st.integers(0, state.size // 3 - 1)] * width
+        rows = torch.tensor([now * s + n for s in range(3) for n in data.draw(st.tuples(*each))])
+        inputs = torch.tensor(
+            data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+        )
+        state, copied = state.select(rows, torch.arange(3)), copied.select(rows)
+        found, state = decoder.step(x[:, t], state, inputs)
+        slow, copied = decoder._step(x[inputs, t], copied.apart())
+        for a, b in zip(found, slow, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b)
+    for a, b in zip(flatten((found, state)), flatten((found, copied)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
 def test_what_counts_of_rows_of_different_lengths_is_as_without_lengths(options, data):
     """Results and gradients, whatever the price of a part and however long the padding."""
     decoder = make(**options)
