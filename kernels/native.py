@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from . import narrow
 from .spec import CELLS
 from .untraced import untraced
 
@@ -76,8 +77,12 @@ def padded_stack(
     """
     if lengths is not None and _holds(cell, x, weights, state):
         rows = x.transpose(0, 1) if batch_first else x
-        y, final = _grouped_stack(rows, weights, state, lengths, layers, dropout, training)
-        return y.transpose(0, 1) if batch_first else y, final
+        end = layers, dropout, training
+        if narrow.suits(rows, state[0].shape[-1]):
+            y, last = narrow.stack(rows, weights, lengths, directions, *end)
+        else:
+            y, last = _grouped_stack(rows, weights, state, lengths, *end)
+        return y.transpose(0, 1) if batch_first else y, last
     if lengths is not None and len(lengths):  # an empty batch cannot be packed
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
         packed, final = packed_stack(
@@ -137,7 +142,7 @@ def _grouped_stack(
     layers: int,
     dropout: float,
     training: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run LSTMs over a padded batch [T, B, I], rows of like lengths together."""
     options = layers, dropout, training
     sizes, order = lengths.sort(descending=True, stable=True)
@@ -151,8 +156,8 @@ def _grouped_stack(
         y, final = _held_stack(rows[: int(own[0])], weights, given, own, *options)
         runs.append((F.pad(y, (0, 0, 0, 0, 0, len(x) - len(y))), *final))
     places = order.argsort()
-    y, *ends = (torch.cat(run, 1).index_select(1, places) for run in zip(*runs, strict=True))
-    return y, tuple(ends)
+    y, h, c = (torch.cat(run, 1).index_select(1, places) for run in zip(*runs, strict=True))
+    return y, (h, c)
 
 
 def _held_stack(
@@ -163,7 +168,7 @@ def _held_stack(
     layers: int,
     dropout: float,
     training: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run LSTMs over a padded batch [T, B, I] whose padded steps leave the cell state as it is.
 
     One more input, 1 in padded steps, closes the input gate and opens the forget gate, so that
@@ -185,7 +190,8 @@ def _held_stack(
         y, h, c = torch.lstm(y, given, own, *options)
         ends = y[lengths - 1, row, :size]
         finals.append((torch.cat([ends[None], h[1:]]), c))
-    return y.masked_fill(padding, 0.0), tuple(map(torch.cat, zip(*finals, strict=True)))
+    h, c = map(torch.cat, zip(*finals, strict=True))
+    return y.masked_fill(padding, 0.0), (h, c)
 
 
 @untraced

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from kernels import native
+from kernels import narrow, native
 
 T, I, H = 6, 5, 7  # noqa: E741
 LENGTHS = torch.tensor([6, 5, 3, 6])
@@ -59,15 +59,16 @@ def not_held(monkeypatch):
     monkeypatch.delattr(native, "_held_stack")
 
 
-@pytest.fixture(params=[False, True], ids=["together", "in-groups"])
-def grouped(request, monkeypatch):
-    """Whether rows of like lengths run apart even where that does not pay."""
-    if request.param:
+@pytest.fixture(params=["together", "in-groups", "as-columns"])
+def each_way(request, monkeypatch):
+    """The ways to run padded rows, even where they do not pay."""
+    if request.param == "in-groups":
         monkeypatch.setattr(native, "STEP", 0)
         monkeypatch.setattr(native, "CALL", 0)
+    monkeypatch.setattr(narrow, "suits", lambda *_: request.param == "as-columns")
 
 
-@pytest.mark.usefixtures("unpacked", "grouped")
+@pytest.mark.usefixtures("unpacked", "each_way")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("result", [0, 1, 2, None], ids=["y", "h_n", "c_n", "all"])
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_agrees_with_a_packed_batch(options, result, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.usefixtures("unpacked", "grouped")
+@pytest.mark.usefixtures("unpacked", "each_way")
 def test_what_stands_in_the_padding_is_not_read():
     layer = lstm(bidirectional=True)
     x = torch.randn(T, len(LENGTHS), I)
@@ -138,6 +139,31 @@ def test_groups_cost_no_more_than_one(lengths, call):
 
     assert sum(map(cost, starts, ends)) <= cost(0, len(lengths))
     assert len(groups) == 1 or call < 40 * len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "steps", "rows", "called"),
+    [(64, 3, 24, True), (65, 3, 24, False), (64, 3, 23, False)],
+    ids=["narrow-and-short", "wide", "long"],
+)
+def test_many_short_rows_run_as_columns(monkeypatch, hidden, steps, rows, called):
+    calls, stack = [], narrow.stack
+    monkeypatch.setattr(narrow, "stack", lambda *args: calls.append(1) or stack(*args))
+    layer = nn.LSTM(2, hidden)
+    zero = [torch.zeros(1, rows, hidden) for _ in range(2)]
+    lengths = torch.full((rows,), steps)
+    lengths[0] = 1
+    y, *_ = run(layer, torch.randn(steps, rows, 2), lengths, zero)
+    assert bool(calls) == called
+    assert y.shape == (steps, rows, hidden)
+
+
+def test_the_gradient_of_columns_is_not_differentiable():
+    layer, zero = nn.LSTM(2, 3), [torch.zeros(1, 8, 3) for _ in range(2)]
+    x = torch.randn(1, 8, 2, requires_grad=True)
+    y, *_ = run(layer, x, torch.ones(8, dtype=torch.int64), zero)
+    with pytest.raises(RuntimeError, match="differentiable once.*backend='reference'"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_a_long_row_among_short_ones_runs_alone():
