@@ -327,6 +327,7 @@ def _candidates(
     """
     padded = max(16, _power(size))
     tall = max(_rows_padded(count) for _, count in BLOCKS[cell].products)
+    products = len(BLOCKS[cell].products)
     steps = size * itemsize // 32
     normed = cell == "lstm_layernorm"  # holds more tiles at once than the others
     most = 32 if normed else 64
@@ -341,7 +342,7 @@ def _candidates(
             yield _Shape(units, rows, 32, 8, False)
         return
     if padded <= (64 if normed and backward else 128):
-        wide = padded > 64 or (normed and backward)
+        wide = padded > (16 if normed or backward else 64)
         yield _Shape(padded, 16, padded, 8 if wide else 4, True)
     for rows in (16, 32, 64):
         if backward:
@@ -354,8 +355,9 @@ def _candidates(
         for units in (16, 32, 64):
             height = units * tall
             few = height < 64 or steps <= (most if rows <= 32 else 32)
-            if few and height <= 256 and len(BLOCKS[cell].products) * units <= 32:
-                yield _Shape(units, rows, chunk, 4 if height <= 64 else 8, True)
+            if few and height <= 256 and products * units <= 32:
+                warps = 8 if height > 64 or (products > 1 and steps > 32) else 4
+                yield _Shape(units, rows, chunk, warps, True)
         if tall > 1 and steps > most:
             yield _Shape(8, rows, chunk, 4, True)
     for units in (16, 32, 64):
