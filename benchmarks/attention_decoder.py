@@ -35,7 +35,7 @@ def _cells(decoder: AttentionDecoder, x: Tensor, state: DecoderState) -> Tensor:
     weights = [getattr(layer, name) for name in names]
     lstm = decoder.cell == "lstm"
     cell: Callable[..., Any] = torch.lstm_cell if lstm else torch.gru_cell
-    keys, projected, lengths = state.source
+    keys, projected, lengths, _ = state.source
     first = state.layers[0]
     now = tuple(s[0] for s in first) if isinstance(first, tuple) else (first[0],)
     fed = None if state.feed is None else state.feed

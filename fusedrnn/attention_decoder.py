@@ -36,10 +36,6 @@ __all__ = [
 ]
 
 
-PART = 48
-"""What a call of the time loop costs besides its steps, in steps of one row."""
-
-
 class EncodedSource(NamedTuple):
     """What the decoder may look at while it writes.
 
@@ -139,18 +135,6 @@ class DecoderState(NamedTuple):
         if rows is None:
             rows = torch.arange(self.size, device=self.source.lengths.device)
         return Parents.of(rows, self._stored)
-
-    def first(self, count: int) -> DecoderState:
-        """Keep the first rows, each of which has a source of its own."""
-        if count == len(self.source.lengths):
-            return self
-        layers = [
-            (s[0][:, :count], s[1][:, :count]) if isinstance(s, tuple) else s[:, :count]
-            for s in self.layers
-        ]
-        rest = (None if v is None else v[:count] for v in (*self.source, self.feed, self.coverage))
-        *source, feed, coverage = rest
-        return DecoderState(EncodedSource(*cast(Any, source)), layers, feed, coverage)
 
     def _sources(self, rows: Tensor, kept: Tensor | None) -> EncodedSource:
         """The sources of selected rows; where all stay, without a copy."""
@@ -317,10 +301,12 @@ class AttentionDecoder(nn.Module):
         outputs, layers = self.stack(self.dropout(x), state.layers)
         return self._attend(outputs, state), state._replace(layers=layers)
 
-    def ragged(self, x: Tensor, state: DecoderState, lengths: Tensor) -> DecoderOutput:
+    def ragged(
+        self, x: Tensor, state: DecoderState, lengths: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Decode all steps of rows of different lengths, each from the given input.
 
-        On a CPU a time loop leaves out most of what stands past the lengths.
+        On a CPU a time loop leaves out what stands past the lengths.
 
         Args:
             x: [B, T, E].
@@ -328,30 +314,25 @@ class AttentionDecoder(nn.Module):
             lengths: int64 [B], each in 1..T, how many steps of each row count.
 
         Returns:
-            What every step computes; finite but without meaning past the lengths.
+            Features and weights of every step; finite but without meaning past the lengths.
         """
         loop = self.attention is not None and (self.feedback != "none" or self.covers)
         if not loop or x.device.type != "cpu" or self.cell not in CELLS:
-            return self(x, state)[0]
+            found, _ = self(x, state)
+            return found.features, found.weights
         lengths, order = lengths.sort(descending=True, stable=True)
-        steps, longest = x.shape[1], int(lengths[0])
+        longest = int(lengths[0])
         counts = (lengths[:, None] > torch.arange(longest)).sum(0).tolist()
-        parts, state = _parts(counts), state.apart()
-        if len(parts) == 1 and longest == steps:
-            return self._loop(x, state, None)[0]
-        x, state = x.index_select(0, order), state.select(order).apart()
-        results = []
-        for first, last in parts:
-            size = counts[first]
-            state = state.first(size)
-            found, state = self._loop(x[:size, first:last], state, None)
-            missing = (0, 0, 0, steps - last if last == longest else 0, 0, len(order) - size)
-            results.append([None if v is None else nn.functional.pad(v, missing) for v in found])
-        back = order.argsort()
-        columns = zip(*results, strict=True)
-        joined = (None if c[0] is None else torch.cat(cast(Any, c), 1) for c in columns)
-        rows_back = (None if v is None else v.index_select(0, back) for v in joined)
-        return DecoderOutput(*cast(Any, rows_back))
+        given, state = x[:, :longest].index_select(0, order), state.select(order).apart()
+        found, _ = self._loop(given, state, None, counts)
+        back, missing = order.argsort(), x.shape[1] - longest
+        features, weights = (
+            nn.functional.pad(cast(Tensor, v).index_select(0, back), (0, 0, 0, missing))
+            if missing
+            else cast(Tensor, v).index_select(0, back)
+            for v in (found.features, found.weights)
+        )
+        return features, weights
 
     def step(
         self, x_t: Tensor, state: DecoderState, inputs: Tensor | None = None
@@ -491,7 +472,8 @@ class AttentionDecoder(nn.Module):
         """A dropout mask [T, B, size] for x [T, B, *]; None where nothing is dropped."""
         if not self.training or self.dropout.p == 0:
             return None
-        return self.dropout(x.new_ones(*x.shape[:2], size))
+        keep = 1 - self.dropout.p
+        return x.new_empty(*x.shape[:2], size).bernoulli_(keep).div_(keep or 1.0)
 
     def _draws(self, x: Tensor, sampling: ScheduledSampling) -> Sampling:
         """Scheduled sampling as the kernels take it; x is [T, B, E]."""
@@ -520,9 +502,13 @@ class AttentionDecoder(nn.Module):
         )
 
     def _loop(
-        self, x: Tensor, state: DecoderState, sampling: ScheduledSampling | None
+        self,
+        x: Tensor,
+        state: DecoderState,
+        sampling: ScheduledSampling | None,
+        counts: Sequence[int] | None = None,
     ) -> tuple[DecoderOutput, DecoderState]:
-        """One call of the kernels for all steps."""
+        """One call of the kernels for all steps; `counts` as theirs."""
         keys, projected, lengths, _ = state.source
         assert projected is not None
         x = x.transpose(0, 1)
@@ -545,6 +531,7 @@ class AttentionDecoder(nn.Module):
             masks,
             drawn,
             self.backend,
+            counts,
         )
         layers = [(s[0][None], s[1][None]) if len(s) == 2 else s[0][None] for s in found.states]
         results = (found.features, found.outputs, found.context, found.weights, found.symbols)
@@ -554,27 +541,3 @@ class AttentionDecoder(nn.Module):
             DecoderOutput(*(cast(Any, None if v is None else v.transpose(0, 1)) for v in results)),
             DecoderState(state.source, cast(list[LayerState], layers), feed, coverage),
         )
-
-
-def _parts(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """Split steps into parts [first, last) that all rows of their first step go through.
-
-    The sum of rows times steps is the smallest, where each part costs `PART` more, of all ways to
-    cut where rows have fallen to 4/5.
-
-    Args:
-        counts: rows that still count at each step, not growing.
-    """
-    cuts = [0]
-    for t, count in enumerate(counts):
-        if count <= 0.8 * counts[cuts[-1]]:
-            cuts.append(t)
-    cuts.append(len(counts))
-    best: dict[int, tuple[int, list[tuple[int, int]]]] = {len(counts): (0, [])}
-    for place in range(len(cuts) - 2, -1, -1):
-        first = cuts[place]
-        best[first] = min(
-            (PART + counts[first] * (last - first) + best[last][0], [(first, last), *best[last][1]])
-            for last in cuts[place + 1 :]
-        )
-    return best[0][1]

@@ -368,11 +368,11 @@ class Seq2SeqModel(nn.Module):
             if sampling_probability > 0:
                 raise ValueError("sampling_probability: expected 0 with copy")
             embedded = self.target_embedding(self._known(target))
-            found = self.decoder.ragged(embedded, state.decoder, _filled(target))
-            assert found.weights is not None
+            features, weights = self.decoder.ragged(embedded, state.decoder, _filled(target))
+            assert weights is not None
             # 1e-30: a target that nothing points at has a large loss, not an infinite one
-            mixed = self._mix(found.features, embedded, found.weights, state.copies, state.size)
-            return mixed.clamp(min=1e-30).log(), found.weights
+            mixed = self._mix(features, embedded, weights, state.copies, state.size)
+            return mixed.clamp(min=1e-30).log(), weights
         sampling = None
         if sampling_probability > 0:
             sampling = ScheduledSampling(
@@ -380,10 +380,11 @@ class Seq2SeqModel(nn.Module):
             )
         embedded = self.target_embedding(target)
         if sampling is None and target.dim() == 2:
-            found = self.decoder.ragged(embedded, state, _filled(target))
+            features, weights = self.decoder.ragged(embedded, state, _filled(target))
         else:
             found, _ = self.decoder(embedded, state, sampling)
-        return self.output(found.features), found.weights
+            features, weights = found.features, found.weights
+        return self.output(features), weights
 
     def regress(
         self, source: Tensor, source_lengths: Tensor, inputs: Tensor, first: Tensor
@@ -429,7 +430,9 @@ class Seq2SeqModel(nn.Module):
             features, weights = found.features[:, None], found.weights[:, None]
             mixed = self._mix(features, embedded[:, None], weights, copies, state.size)[:, 0]
             return mixed.log(), state._replace(decoder=inner)
-        symbols, inputs = symbols.unique(return_inverse=True)
+        inputs = None
+        if symbols.device.type == "cpu":
+            symbols, inputs = symbols.unique(return_inverse=True)
         found, state = self.decoder.step(self.target_embedding(symbols), state, inputs)
         logits = self.output(found.features)
         return torch.log_softmax(

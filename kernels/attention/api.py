@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def decode(
     masks: Masks | None = None,
     sampling: Sampling | None = None,
     backend: str = "auto",
+    counts: Sequence[int] | None = None,
 ) -> Decoded:
     """A whole decoding with attention inside the time loop; equations are in reference.py.
 
@@ -48,6 +50,8 @@ def decode(
             (the time loop as one kernel; one layer, no scheduled sampling), "reference" (plain
             steps, differentiable more than once), or "auto": triton on a GPU for what it has,
             torch for everything else. Results have x's dtype, or autocast's.
+        counts: how many of the first rows mean something at each step, not growing; None: all. The
+            backend torch leaves the others out.
 
     Returns:
         Everything a step computes, for all steps.
@@ -73,6 +77,8 @@ def decode(
             embed=embed_inside, logits=logits_inside, mask=_cast(sampling.mask, inside)
         )
     run = _implementation(backend, x, weights, sampling)
+    if counts is not None and run is torch_loop.decode:
+        run = partial(run, counts=counts)
     with without_autocast(x):
         tensors = (x, keys, projected, weights, [*states], feed, coverage, masks)
         x, keys, projected, weights, states, feed, coverage, masks = _cast(tensors, inside)

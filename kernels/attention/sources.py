@@ -5,6 +5,7 @@ Shared by the backends that write the backward out. Names of dimensions are in s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,6 +61,12 @@ class AdditiveScore:
         self.doubled, self.coverage = 2 * projected, coverage
         self.twice, self.slope = 2 * energy, 4 * energy
 
+    def first(self, count: int) -> AdditiveScore:
+        """That of the first rows."""
+        found = copy.copy(self)
+        found.doubled = self.doubled[:count]
+        return found
+
     def sigma(self, query: Tensor, seen: Tensor | None, out: Tensor | None = None) -> Tensor:
         """sigmoid(2u) [..., B, S, A], from W_q q [..., B, A] and the coverage [..., B, S]."""
         hidden = torch.add(self.doubled, query[..., None, :], alpha=2, out=out)
@@ -92,17 +99,17 @@ class AdditiveGrads:
         self.coverage = None if additive.coverage is None else self.energy.clone()
 
     def add(self, sigma: Tensor, slope: Tensor, score: Tensor, seen: Tensor | None) -> None:
-        """Add n steps.
+        """Add n steps of the first R rows.
 
         Args:
-            sigma: [n, B, S, A].
+            sigma: [n, R, S, A].
             slope: sigma - sigma^2.
-            score: gradient of the scores [n, B, S].
-            seen: the coverage [n, B, S], with coverage.
+            score: gradient of the scores [n, R, S], zero where a row has no such step.
+            seen: the coverage [n, R, S], with coverage.
         """
         self.energy.addmv_(sigma.flatten(0, 2).t(), score.flatten())
         for at, its in zip(slope, score, strict=True):
-            self.projected.addcmul_(at, its[..., None])
+            self.projected[: at.shape[0]].addcmul_(at, its[..., None])
         if self.coverage is not None and seen is not None:
             self.coverage.addmv_(slope.flatten(0, 2).t(), (score * seen).flatten())
 

@@ -90,7 +90,7 @@ def advance(
         z += given if index > 0 or inputs is None else given.index_select(0, inputs)
         before = (c[0] if c else h).index_select(0, parents.rows)
         new = before.new_empty(3 if c else 1, *before.shape).unbind(0)
-        kind.step(kind.blocks(z[None])[0], before, (before, *new[1:]), new[0])
+        kind.step(kind.blocks(z, [len(z)])[0], before, (before, *new[1:]), new[0])
         results.append(new[:2])
         below = new[0]
     return results

@@ -10,17 +10,74 @@ made once for all of them, because on small tensors they cost as much as sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..torch_loop import Saved, gate_factors, product_grad, tanh_, tanh_grad, times_tanh
+from ..torch_loop import Saved, gate_factors, tanh_, tanh_grad, times_tanh
 from ..untraced import untraced
 from .sources import AdditiveGrads, AdditiveScore, Asked, chunks, hide_padding, source_grads
 from .spec import Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
+
+
+def by_step(memory: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Views of the first rows of each step of [T or T + 1, B, *]."""
+    steps = zip(memory.unbind(0), counts, strict=False)
+    return [step if len(step) == count else step[:count] for step, count in steps]
+
+
+class Rows:
+    """Which rows of [T, B] there are: the first ones of each step.
+
+    Args:
+        counts: how many at each step, not growing.
+        batch: B.
+        device: of the tensors.
+    """
+
+    def __init__(self, counts: Sequence[int], batch: int, device: torch.device) -> None:
+        self.counts, self.shape, self.places = [*counts], (len(counts), batch), None
+        self.firsts = [0, *itertools.accumulate(counts)]
+        if counts[-1] < batch:
+            number = torch.arange(batch, device=device)
+            inside = number < torch.tensor(counts, device=device)[:, None]
+            self.places = inside.flatten().nonzero().squeeze(1)
+            self.ends = inside.sum(0), number
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Those of [T, B, *], one after the other, as [N, *]."""
+        flat = values.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Back from [N, *], with zeros where there is no row."""
+        if self.places is None:
+            return values.unflatten(0, self.shape)
+        steps, batch = self.shape
+        flat = values.new_zeros(steps * batch, values.shape[1])
+        return flat.index_copy_(0, self.places, values).unflatten(0, self.shape)
+
+    def chunks(self, numbers: int) -> Iterator[tuple[int, int]]:
+        """Steps [first, last) with as many rows each, as `sources.chunks` has them."""
+        last = len(self.counts)
+        for _, same in itertools.groupby(reversed(self.counts)):
+            start = last - len(list(same))
+            yield from ((start + a, start + b) for a, b in chunks(last - start, numbers))
+            last = start
+
+    def last(self, values: Tensor) -> Tensor:
+        """Of [T + 1, B, *] what stands after the last step of each row."""
+        return values[-1] if self.places is None else values[self.ends]
+
+    def new(self, like: Tensor, steps: int, width: int) -> Tensor:
+        """Memory [steps, B, width], zeros unless all will be filled in."""
+        make = like.new_empty if self.places is None else like.new_zeros
+        return make(steps, self.shape[1], width)
 
 
 class Blocks(NamedTuple):
@@ -114,13 +171,13 @@ class Cell:
     turned: int
     direct: bool
 
-    def blocks(self, tensor: Tensor) -> list[Blocks]:
-        """Views of the blocks [T, B, 4H], for each step."""
-        apart = tensor.unflatten(2, (4, -1))
-        parts = zip(*(p.unbind(0) for p in apart.unbind(2)), strict=True)
-        joint = apart[:, :, slice(*self.joint)].unbind(0)
-        fed, recurrent = (part.unbind(0) for part in self.split(tensor))
-        return [*map(Blocks, apart.unbind(0), parts, joint, fed, recurrent)]
+    def blocks(self, tensor: Tensor, counts: list[int]) -> list[Blocks]:
+        """Views of the blocks [N, 4H] of each step."""
+        apart = tensor.unflatten(1, (4, -1))
+        parts = zip(*(p.split(counts) for p in apart.unbind(1)), strict=True)
+        joint = apart[:, slice(*self.joint)].split(counts)
+        fed, recurrent = (part.split(counts) for part in self.split(tensor))
+        return [*map(Blocks, apart.split(counts), parts, joint, fed, recurrent)]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Of [..., 4H] the blocks that what is fed reaches, and those that h_{t-1} reaches."""
@@ -207,6 +264,18 @@ class Sources:
             self.additive = AdditiveScore(self.projected, energy, coverage)
             self.hidden = torch.empty_like(self.projected)
 
+    def first(self, count: int) -> Sources:
+        """Those of the first rows."""
+        if count == len(self.keys):
+            return self
+        found = copy.copy(self)
+        for name in ("keys", "projected", "keys_across", "across", "bias", "hidden"):
+            if hasattr(self, name):
+                setattr(found, name, getattr(self, name)[:count])
+        if self.additive is not None:
+            found.additive = self.additive.first(count)
+        return found
+
     def attend(
         self, state: Tensor, query: Tensor, seen: Tensor | None, weights: Tensor, context: Tensor
     ) -> None:
@@ -230,7 +299,7 @@ class Run:
     """Everything that one pass over time leaves, T + 1 slots where a step reads the one before.
 
     Attributes:
-        gates: activated blocks of each layer [T, B, 4H].
+        gates: activated blocks of each layer [N, 4H], N the rows of all steps.
         hidden: h of each layer [T + 1, B, H].
         cells: of each LSTM layer (c [T + 1, B, H], (1 - tanh(c)) / 2 [T, B, H]), else empty.
         fed: what each layer sees besides h and x, [T, B, N], or T + 1 slots; N may be 0.
@@ -267,14 +336,15 @@ def _run(
     feed: Tensor | None,
     coverage: Tensor | None,
     masks: Masks,
+    rows: Rows,
 ) -> Run:
     """Memory for a pass, what stands before the first step filled in; `sizes` are A and F."""
-    steps, batch, _ = gates[0].shape
+    steps, batch = rows.shape
     source, width = sources.keys.shape[1:]
     asked, size = sizes
 
     def slots(count: int, *initial: Tensor | None, width: int) -> Tensor:
-        memory = gates[0].new_empty(count, batch, width)
+        memory = rows.new(gates[0], count, width)
         for value in initial:
             memory[0] = 0 if value is None else value
         return memory
@@ -317,13 +387,14 @@ def unroll(
     feed: Tensor | None,
     coverage: Tensor | None,
     masks: Masks,
+    rows: Rows,
     resample: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
     """The forward time loop.
 
     Args:
         problem: which decoder.
-        gates: of each layer [T, B, 4H], overwritten: the biases and, of the lowest, the input part.
+        gates: of each layer [N, 4H], overwritten: the biases and, of the lowest, the input part.
         sources: what is attended to.
         layers: the weights.
         combine: as in `DecoderWeights`.
@@ -331,56 +402,65 @@ def unroll(
         feed: likewise.
         coverage: likewise.
         masks: likewise.
+        rows: which rows each step has.
         resample: called before each step with its number and the features of the step before; may
             change the gates of the step.
     """
-    steps = len(gates[0])
+    counts = rows.counts
     cell, width = CELLS[problem.cell], sources.keys.shape[2]
     asked = 0 if sources.query is None else sources.query.shape[0]
     sizes = (asked, combine.shape[0])
-    run = _run(problem, gates, sources, sizes, states, feed, coverage, masks)
+    run = _run(problem, gates, sources, sizes, states, feed, coverage, masks, rows)
     of_context, of_output = (
         part.t() for part in combine.split((width, layers[-1].recurrent.shape[1]), 1)
     )
-    blocks = [cell.blocks(z) for z in gates]
-    hidden, fed = [h.unbind(0) for h in run.hidden], [f.unbind(0) for f in run.fed]
-    cells = [
-        list(zip(c[:-1].unbind(0), c[1:].unbind(0), s.unbind(0), strict=True)) for c, s in run.cells
-    ]
+
+    def views(memory: Tensor) -> list[Tensor]:
+        return by_step(memory, counts)
+
+    blocks = [cell.blocks(z, counts) for z in gates]
+    before, after = ([views(h[first:]) for h in run.hidden] for first in (0, 1))
+    fed = [views(f) for f in run.fed]
+    cells = [list(zip(*map(views, (c, c[1:], s)), strict=True)) for c, s in run.cells]
     transposed = [(layer.fed.t(), layer.recurrent.t()) for layer in layers]
-    queries = run.query.unbind(0)
-    seen = run.coverage.unbind(0) if len(run.coverage) else [None] * steps
-    weights, contexts = run.weights.unsqueeze(2).unbind(0), run.context.unsqueeze(2).unbind(0)
-    context, features = run.context.unbind(0), run.features.unbind(0)
-    feeds, before = problem.feedback == "features", problem.feedback == "context"
+    queries, between = views(run.query), [views(mask) for mask in masks.between]
+    seen: Sequence[Any] = views(run.coverage) if len(run.coverage) else [None] * len(counts)
+    covered = views(run.coverage[1:])
+    weights, contexts = views(run.weights.unsqueeze(2)), views(run.context.unsqueeze(2))
+    context, features = views(run.context), views(run.features)
+    dropped = None if masks.features is None else views(masks.features)
+    feeds, looks_first = problem.feedback == "features", problem.feedback == "context"
+    next_fed = views(run.fed[0][1:]) if feeds else []
     last = features[0]
-    for t in range(steps):
+    for t, count in enumerate(counts):
+        if count < len(sources.keys):
+            sources = sources.first(count)
         if resample is not None:
             resample(t, last)
-        if before:
-            sources.attend(hidden[-1][t], queries[t], seen[t], weights[t], contexts[t])
+        if looks_first:
+            sources.attend(before[-1][t], queries[t], seen[t], weights[t], contexts[t])
         for index, (into, recur) in enumerate(transposed):
-            z, h, new = blocks[index][t], hidden[index][t], hidden[index][t + 1]
+            z, h, new = blocks[index][t], before[index][t], after[index][t]
             if len(into):
                 z.fed.addmm_(fed[index][t], into)
             z.recurrent.addmm_(h, recur)
             cell.step(z, h, cells[index][t] if cells else (), new)
-            if masks.between and index + 1 < len(layers):
-                torch.mul(new, masks.between[index][t], out=fed[index + 1][t])
-        if not before:
+            if between and index + 1 < len(layers):
+                torch.mul(new, between[index][t], out=fed[index + 1][t])
+        if not looks_first:
             sources.attend(new, queries[t], seen[t], weights[t], contexts[t])
-        if len(run.coverage):
-            torch.add(run.coverage[t], run.weights[t], out=run.coverage[t + 1])
+        if covered:
+            torch.add(seen[t], weights[t].squeeze(1), out=covered[t])
         if feeds or resample is not None:
             last = tanh_(torch.mm(context[t], of_context, out=features[t]).addmm_(new, of_output))
-            if masks.features is not None:
-                last = last * masks.features[t]
+            if dropped is not None:
+                last = last * dropped[t]
                 if feeds:
-                    fed[0][t + 1].copy_(last)
+                    next_fed[t].copy_(last)
     if not feeds and resample is None:
-        rows = run.features.flatten(0, 1)
-        torch.mm(run.context.flatten(0, 1), of_context, out=rows)
-        tanh_(rows.addmm_(run.hidden[-1][1:].flatten(0, 1), of_output))
+        into = run.features.flatten(0, 1)
+        torch.mm(run.context.flatten(0, 1), of_context, out=into)
+        tanh_(into.addmm_(run.hidden[-1][1:].flatten(0, 1), of_output))
     return run
 
 
@@ -388,7 +468,7 @@ class _Backward:
     """The reverse time loop over a `Run`.
 
     Attributes:
-        gates: gradients of the blocks before activation, of each layer [T, B, 4H].
+        gates: gradients of the blocks before activation, of each layer [N, 4H].
         context: of the contexts in full [T, B, K].
         features: of the features before tanh [T, B, F]; None where they have none.
         score: of the attention's scores [T, B, S].
@@ -409,15 +489,18 @@ class _Backward:
         masks: Masks,
         grads: Sequence[Tensor | None],
         final: Sequence[Tensor | None],
+        rows: Rows,
     ) -> None:
         self.run, self.sources, self.layers, self.masks = run, sources, layers, masks
+        self.rows, self.counts, self.now_count = rows, rows.counts, 0
         self.cell, self.asked = CELLS[problem.cell], run.asked(problem)
         self.feeds, self.before = (problem.feedback == f for f in ("features", "context"))
-        self.external, context, outputs, self.weights = grads
+        external, context, outputs, weights = grads
         width, count = run.context.shape[2], len(layers)
         self.of_context, self.of_output = combine.split((width, combine.shape[1] - width), 1)
         self.gates = [torch.empty_like(z) for z in run.gates]
-        self.score, self.query = torch.empty_like(run.weights), torch.empty_like(run.query)
+        self.score = rows.new(run.weights, *run.weights.shape[::2])
+        self.query = torch.empty_like(run.query)
         self.feed = torch.zeros_like(run.features[0])
         self.coverage = torch.zeros_like(run.weights[0])
         self.additive = None if sources.additive is None else AdditiveGrads(sources.additive)
@@ -429,15 +512,18 @@ class _Backward:
         self.context, self.features = _start(context, run.context), None
         if self.feeds:
             self.features = torch.empty_like(run.features)
-        elif self.external is not None:
-            self.features = self._scale(slice(None)).mul_(self.external)
-            rows = self.features.flatten(0, 1)
-            self.context.flatten(0, 1).addmm_(rows, self.of_context)
+        elif external is not None:
+            self.features = self._scale((slice(None), slice(None))).mul_(external)
+            features = self.features.flatten(0, 1)
+            self.context.flatten(0, 1).addmm_(features, self.of_context)
             outputs = _start(outputs, run.hidden[-1][1:])
-            outputs.flatten(0, 1).addmm_(rows, self.of_output)
-        self.outputs = None if outputs is None else outputs.unbind(0)
+            outputs.flatten(0, 1).addmm_(features, self.of_output)
+        self.external, self.outputs, self.weights = map(self._views, (external, outputs, weights))
 
-    def _scale(self, now: slice) -> Tensor:
+    def _views(self, memory: Tensor | None) -> list[Tensor] | None:
+        return None if memory is None else by_step(memory, self.counts)
+
+    def _scale(self, now: tuple[slice, slice]) -> Tensor:
         """Factor of the features' gradient at some steps: of tanh, and of dropout."""
         features = self.run.features[now]
         scale = 1 - features * features
@@ -445,93 +531,123 @@ class _Backward:
 
     def loop(self) -> None:
         """All steps, from the last to the first."""
-        run, additive, steps = self.run, self.sources.additive, len(self.run.weights)
-        self.d_blocks = [self.cell.blocks(d) for d in self.gates]
-        self.d_context, self.contexts = self.context.unbind(0), self.context.unsqueeze(2).unbind(0)
-        self.scores, self.given = (
-            self.score.unsqueeze(2).unbind(0),
-            run.weights.unsqueeze(2).unbind(0),
+        run, counts = self.run, self.counts
+        self.d_blocks = [self.cell.blocks(d, counts) for d in self.gates]
+        self.d_context = by_step(self.context, counts)
+        self.contexts, self.scores, self.given = (
+            by_step(memory.unsqueeze(2), counts)
+            for memory in (self.context, self.score, run.weights)
         )
-        sizes = (run.weights.shape[2] * run.query.shape[2], *(z.shape[2] for z in run.gates))
-        for first, last in chunks(steps, run.weights.shape[1] * max(sizes)):
-            now, slope = slice(first, last), None
+        self.queries, self.d_query = (
+            by_step(self.asked.queries, counts),
+            by_step(self.query, counts),
+        )
+        self.covered = self._views(self.asked.coverage)
+        self.d_features = self._views(self.features)
+        self.between = [by_step(mask, counts) for mask in self.masks.between]
+        sizes = (run.weights.shape[2] * run.query.shape[2], *(z.shape[1] for z in run.gates))
+        for first, last in self.rows.chunks(run.weights.shape[1] * max(sizes)):
+            now = slice(first, last), slice(counts[first])
             factors = [self._factors(index, now) for index in range(len(run.gates))]
             scale = self._scale(now).unbind(0) if self.feeds else ()
             seen = None if self.asked.coverage is None else self.asked.coverage[now]
+            additive, slope = self.sources.first(counts[first]).additive, None
             if additive is not None:
                 sigma = additive.sigma(run.query[now], seen)
                 slope = torch.addcmul(sigma, sigma, sigma, value=-1)
             for t in reversed(range(first, last)):
-                if self.feeds:
-                    self._features(t, scale[t - first])
-                if self.outputs is not None:
-                    self.dh[-1].add_(self.outputs[t])
-                its = None if slope is None else slope[t - first]
-                if not self.before:
-                    self._attention(t, its)
-                for index in reversed(range(len(factors))):
-                    self._layer(t, index, factors[index][t - first])
-                if self.before:
-                    self._attention(t, its)
+                self._step(t, t - first, factors, scale, slope)
             if self.additive is not None and slope is not None:
                 self.additive.add(sigma, slope, self.score[now], seen)
 
-    def _factors(self, index: int, now: slice) -> list[tuple[Tensor, ...]]:
+    def _step(
+        self,
+        t: int,
+        place: int,
+        factors: Sequence[Sequence[tuple[Tensor, ...]]],
+        scale: Sequence[Tensor],
+        slope: Tensor | None,
+    ) -> None:
+        """One step, whose factors are those at a place."""
+        self._narrow(self.counts[t])
+        if self.feeds:
+            self._features(t, scale[place])
+        if self.outputs is not None:
+            self.now_h[-1].add_(self.outputs[t])
+        its = None if slope is None else slope[place]
+        if not self.before:
+            self._attention(t, its)
+        for index in reversed(range(len(factors))):
+            self._layer(t, index, factors[index][place])
+        if self.before:
+            self._attention(t, its)
+
+    def _narrow(self, count: int) -> None:
+        """Look at the first rows of what goes from step to step."""
+        if self.now_count == count:
+            return
+        self.now_count, self.now_sources = count, self.sources.first(count)
+        self.now_h, self.now_c = ([d[:count] for d in part] for part in (self.dh, self.dc))
+        self.now_feed, self.now_coverage = self.feed[:count], self.coverage[:count]
+
+    def _factors(self, index: int, now: tuple[slice, slice]) -> list[tuple[Tensor, ...]]:
         """Those of a layer's gradients, for each of some steps."""
         cells = self.run.cells[index] if self.run.cells else ()
-        h = self.run.hidden[index][:-1]
-        found = self.cell.factors(self.run.gates[index][now], h[now], [c[now] for c in cells])
+        h, (steps, rows) = self.run.hidden[index], now
+        gates = self.run.gates[index][self.rows.firsts[steps.start] : self.rows.firsts[steps.stop]]
+        gates = gates.unflatten(0, (steps.stop - steps.start, rows.stop))
+        found = self.cell.factors(gates, h[now], [c[now] for c in cells])
         return list(zip(*(f.unbind(0) for f in found), strict=True))
 
     def _features(self, t: int, scale: Tensor) -> None:
         """From what was fed back, and the result, to context and output."""
-        assert self.features is not None
+        assert self.d_features is not None
         if self.external is not None:
-            self.feed.add_(self.external[t])
-        grad = torch.mul(self.feed, scale, out=self.features[t])
+            self.now_feed.add_(self.external[t])
+        grad = torch.mul(self.now_feed, scale, out=self.d_features[t])
         self.d_context[t].addmm_(grad, self.of_context)
-        self.dh[-1].addmm_(grad, self.of_output)
+        self.now_h[-1].addmm_(grad, self.of_output)
 
     def _layer(self, t: int, index: int, factors: tuple[Tensor, ...]) -> None:
         """Through one layer's cell to its h, c and what it was fed."""
-        d, dh, layer = self.d_blocks[index][t], self.dh[index], self.layers[index]
-        self.cell.grad(d, dh, self.dc[index], factors)
+        d, dh, layer = self.d_blocks[index][t], self.now_h[index], self.layers[index]
+        self.cell.grad(d, dh, self.now_c[index], factors)
         dh.addmm_(d.recurrent, layer.recurrent, beta=int(self.cell.direct))
-        if index > 0 and self.masks.between:
-            self.dh[index - 1].addcmul_(d.fed @ layer.fed, self.masks.between[index - 1][t])
+        if index > 0 and self.between:
+            self.now_h[index - 1].addcmul_(d.fed @ layer.fed, self.between[index - 1][t])
         elif index > 0:
-            self.dh[index - 1].addmm_(d.fed, layer.fed)
+            self.now_h[index - 1].addmm_(d.fed, layer.fed)
         elif self.feeds:
-            torch.mm(d.fed, layer.fed, out=self.feed)
+            torch.mm(d.fed, layer.fed, out=self.now_feed)
         elif self.before:
             self.d_context[t].addmm_(d.fed, layer.fed)
 
     def _attention(self, t: int, slope: Tensor | None) -> None:
         """Add to the gradient of the state that asked, from that of the context."""
-        sources, dh, score = self.sources, self.dh[-1], self.score[t]
+        sources, dh, score = self.now_sources, self.now_h[-1], self.scores[t].squeeze(1)
         d_weights = torch.bmm(self.contexts[t], sources.keys_across)
         if self.weights is not None:
             d_weights.add_(self.weights[t][:, None])
         if sources.coverage is not None:
-            d_weights.add_(self.coverage[:, None])
+            d_weights.add_(self.now_coverage[:, None])
         torch.ops.aten._softmax_backward_data.out(
             d_weights, self.given[t], -1, score.dtype, grad_input=self.scores[t]
         )
         if sources.additive is None:
             dh[:, None].baddbmm_(self.scores[t], sources.projected)
-            if sources.coverage is not None:
-                seen = (score * self.run.coverage[t]).sum(-1, keepdim=True)
+            if sources.coverage is not None and self.covered is not None:
+                seen = (score * self.covered[t]).sum(-1, keepdim=True)
                 dh.addcmul_(seen, sources.coverage)
-                asks = self.asked.queries[t] @ sources.coverage
-                self.coverage.addcmul_(score, asks[:, None])
+                asks = self.queries[t] @ sources.coverage
+                self.now_coverage.addcmul_(score, asks[:, None])
         else:
             assert sources.query is not None and slope is not None
             dh.addmm_(
-                sources.additive.query_grad(score, slope, out=self.query[t]),
+                sources.additive.query_grad(score, slope, out=self.d_query[t]),
                 sources.query,
             )
             if sources.coverage is not None:
-                self.coverage.add_(sources.additive.coverage_grad(score, slope))
+                self.now_coverage.add_(sources.additive.coverage_grad(score, slope))
 
 
 def _start(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -551,6 +667,7 @@ class _Decoder(torch.autograd.Function):
         run: Run,
         sources: Sources,
         masks: Masks,
+        rows: Rows,
         count: int,
         x: Tensor,
         keys: Tensor,
@@ -566,6 +683,7 @@ class _Decoder(torch.autograd.Function):
         """`rest` holds the four weights of each of `count` layers, and the states."""
         weights, states = rest[: 4 * count], rest[4 * count :]
         ctx.problem, ctx.masks, ctx.count, ctx.states = problem, masks, count, len(states)
+        ctx.rows = rows
         ctx.given = (feed is not None, coverage is not None)
         ctx.save_for_backward(
             x, combine, sources.keys, sources.projected, query, energy, coverage_weight, *weights,
@@ -576,7 +694,7 @@ class _Decoder(torch.autograd.Function):
         features = run.features
         if masks.features is not None:
             features = features * masks.features
-        final = [*(h[-1] for h in run.hidden), *(c[-1] for c, _ in run.cells)]
+        final = [rows.last(v) for v in (*run.hidden, *(c for c, _ in run.cells))]
         return features, run.context, run.hidden[-1][1:], run.weights, *final
 
     @staticmethod
@@ -586,7 +704,7 @@ class _Decoder(torch.autograd.Function):
                 "the backward of the attention decoder with backend='torch' is not differentiable: "
                 "use backend='reference' for gradients of gradients (create_graph=True)"
             )
-        n, cell = ctx.count, CELLS[ctx.problem.cell]
+        n, cell, rows = ctx.count, CELLS[ctx.problem.cell], ctx.rows
         x, combine, keys, projected, *rest = ctx.saved_tensors
         sources, rest = Sources(keys, projected, None, *rest[:3]), rest[3:]
         weights = [LayerWeights(*rest[4 * i : 4 * i + 4]) for i in range(n)]
@@ -596,27 +714,35 @@ class _Decoder(torch.autograd.Function):
         run = Run(gates, hidden, cells, fed, context, alpha, coverage, query, features)
         layers = split_layers(cell, weights, x.shape[2])
         back = _Backward(
-            ctx.problem, run, sources, layers, combine, ctx.masks, grads[:4], grads[4:]
+            ctx.problem, run, sources, layers, combine, ctx.masks, grads[:4], grads[4:], rows
         )
         back.loop()
         d_combine = None
         if back.features is not None:
-            joined = (context, hidden[-1][1:])
-            d_combine = torch.cat([product_grad(back.features, part) for part in joined], 1)
+            joined, d_features = (context, hidden[-1][1:]), rows.pack(back.features)
+            d_combine = torch.cat([d_features.t() @ rows.pack(v) for v in joined], 1)
         d_layers = [
             d
             for i, dz in enumerate(back.gates)
             for d in _layer_grads(
-                cell, weights[i], dz, ([x] if i == 0 else []) + [fed[i]], hidden[i]
+                cell,
+                weights[i],
+                dz,
+                [rows.pack(v) for v in (*([x] if i == 0 else []), fed[i][: len(x)])],
+                rows.pack(hidden[i][:-1]),
             )
         ]
         dx = None
-        if ctx.needs_input_grad[5]:
-            dx = cell.split(back.gates[0])[0] @ layers[0].given
+        if ctx.needs_input_grad[6]:
+            dx = rows.unpack(cell.split(back.gates[0])[0] @ layers[0].given)
+        asked, d_query = back.asked, back.query
+        if back.additive is not None:
+            asked = asked._replace(queries=rows.pack(asked.queries)[None])
+            d_query = rows.pack(d_query)[None]
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             dx,
-            *source_grads(back.asked, back.context, back.score, back.query, back.additive),
+            *source_grads(asked, back.context, back.score, d_query, back.additive),
             d_combine,
             back.feed if ctx.given[0] else None,
             back.coverage if ctx.given[1] else None,
@@ -626,13 +752,17 @@ class _Decoder(torch.autograd.Function):
 
 
 def _layer_grads(
-    cell: Cell, layer: LayerWeights, dz: Tensor, inputs: Sequence[Tensor], hidden: Tensor
+    cell: Cell, layer: LayerWeights, dz: Tensor, inputs: list[Tensor], seen: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a layer's weights, from those of its blocks and what its W_ih and W_hh saw."""
     fed, recurrent = cell.split(dz)
-    d_input = torch.cat([product_grad(fed, part[: len(dz)]) for part in inputs], 1)
-    d_recurrent = cell.turn(product_grad(recurrent, hidden[:-1]), back=True)
-    total = cell.split(dz.sum((0, 1)))
+    if cell.fed == cell.recurrent:  # one product is faster than several
+        size = layer.w_ih.shape[1], layer.w_hh.shape[1]
+        d_input, d_recurrent = (fed.t() @ torch.cat([*inputs, seen], 1)).split(size, 1)
+    else:
+        d_input = fed.t() @ torch.cat(inputs, 1)
+        d_recurrent = cell.turn(recurrent.t() @ seen, back=True)
+    total = cell.split(dz.sum(0))
     return (
         d_input,
         d_recurrent,
@@ -654,8 +784,14 @@ def decode(
     coverage: Tensor | None = None,
     masks: Masks | None = None,
     sampling: Sampling | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Decoded:
-    """A whole decoding; arguments and results are those of `reference.decode`."""
+    """A whole decoding; arguments and results are those of `reference.decode`.
+
+    `counts`, not growing, says how many of the first rows each step has; None: all. Where a step
+    lacks a row its results are zero, and the final states are those of each row's last step.
+    """
+    rows = Rows([x.shape[1]] * len(x) if counts is None else counts, x.shape[1], x.device)
     masks = Masks() if masks is None else masks
     feed = feed if problem.feedback == "features" else None
     symbols = resample = None
@@ -668,20 +804,25 @@ def decode(
             cell, [LayerWeights(*_detached(w)) for w in weights.layers], x.shape[2]
         )
         biases = [input_bias(cell, layer) for layer in weights.layers]
-        gates = [b.expand(*x.shape[:2], -1).contiguous() for b in biases]
-        lowest, given = cell.split(gates[0])[0], layers[0].given
-        lowest.flatten(0, 1).addmm_(x.flatten(0, 1), given.t())
+        given, seen = layers[0].given, rows.pack(x)
+        if cell.fed == (0, 4):
+            lowest = torch.addmm(biases[0], seen, given.t())
+        else:
+            lowest = biases[0].repeat(len(seen), 1)
+            cell.split(lowest)[0].addmm_(seen, given.t())
+        gates = [lowest, *(b.repeat(len(seen), 1) for b in biases[1:])]
         if sampling is not None and symbols is not None:
-            resample = _resampler(sampling, symbols, lowest, given, cell.split(biases[0])[0])
+            steps = cell.split(lowest)[0].split(rows.counts)
+            resample = _resampler(sampling, symbols, steps, given, cell.split(biases[0])[0])
         run = unroll(
             problem, gates, sources, layers, weights.combine.detach(), states, feed, coverage,
-            masks, resample,
+            masks, rows, resample,
         )  # fmt: skip
     if sampling is not None and symbols is not None:
         x = sampling.inputs(symbols)
     flat = [state[i] for i in range(len(states[0])) for state in states]
     features, context, outputs, alpha, *final = _Decoder.apply(
-        problem, run, sources, masks, len(layers), x, keys, projected, *weights[2:],
+        problem, run, sources, masks, rows, len(layers), x, keys, projected, *weights[2:],
         weights.combine, feed, coverage, *(w for layer in weights.layers for w in layer), *flat,
     )  # fmt: skip
     after = [tuple(final[i :: len(states)]) for i in range(len(states))]
@@ -693,7 +834,7 @@ def _detached(tensors: Sequence[Any]) -> list[Any]:
 
 
 def _resampler(
-    sampling: Sampling, symbols: Tensor, gates: Tensor, matrix: Tensor, bias: Tensor
+    sampling: Sampling, symbols: Tensor, gates: Sequence[Tensor], matrix: Tensor, bias: Tensor
 ) -> Callable[[int, Tensor], None]:
     """Replaces symbols, and the gates that their inputs reach, as the loop goes on."""
     times = sampling.replaced.any(1).tolist()

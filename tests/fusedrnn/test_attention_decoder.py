@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedrnn import AttentionDecoder, attention_decoder
+from fusedrnn import AttentionDecoder
 from fusedrnn.attention_decoder import ScheduledSampling
+from kernels.attention import sources
 
 VARIANTS = [
     pytest.param(
@@ -157,17 +158,18 @@ def test_rows_that_share_what_they_continue_are_as_rows_of_their_own(options, da
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_what_counts_of_rows_of_different_lengths_is_as_without_lengths(options, data):
-    """Results and gradients, whatever the price of a part and however long the padding."""
+    """Results and gradients, however many steps share a computation and long the padding."""
     decoder = make(**options)
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5)))
     x, state, leaves = problem(decoder, [3, 1, 4, 2, 4][: len(lengths)], steps=6)
     leaves = [*leaves, *decoder.parameters()]
     inside = torch.arange(6) < lengths[:, None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_decoder, "PART", data.draw(st.sampled_from([0, 2, 48])))
+        patch.setattr(sources, "CHUNK", data.draw(st.sampled_from([1, 300, 1 << 18])))
         found = decoder.ragged(x, state, lengths)
     results = []
-    for value, expected in zip(found, decoder(x, state)[0], strict=True):
+    whole, _ = decoder(x, state)
+    for value, expected in zip(found, (whole.features, whole.weights), strict=True):
         assert (value is None) == (expected is None)
         if value is not None:
             assert value.shape == expected.shape and value.isfinite().all()
@@ -179,19 +181,6 @@ def test_what_counts_of_rows_of_different_lengths_is_as_without_lengths(options,
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b)
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=80), price=st.integers(0, 100))
-def test_parts_cover_all_steps_and_cost_no_more_than_one(lengths, price):
-    counts = [sum(n > t for n in lengths) for t in range(max(lengths))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_decoder, "PART", price)
-        parts = attention_decoder._parts(counts)
-    assert [t for first, last in parts for t in range(first, last)] == [*range(len(counts))]
-    cost = sum(price + counts[first] * (last - first) for first, last in parts)
-    assert sum(lengths) <= cost <= price + len(lengths) * len(counts)
-    if price == 0:
-        assert cost <= 1.25 * sum(lengths)
 
 
 @pytest.mark.parametrize("feedback", ["none", "features", "context"])

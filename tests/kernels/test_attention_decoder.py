@@ -1,6 +1,7 @@
 """The attention decoder: its oracle against torch.nn, its written-out backward against that."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kernels.attention import FEEDBACKS, Sampling, decode, reference, sources, torch_loop
+from kernels.attention import (
+    FEEDBACKS,
+    Decoded,
+    Masks,
+    Sampling,
+    decode,
+    reference,
+    sources,
+    torch_loop,
+)
 from tests.kernels.attention_cases import KINDS, flatten, outputs_and_gradients, random_case
 
 BACKENDS = {"torch": torch_loop.decode, "reference": reference.decode}
@@ -125,6 +135,40 @@ def test_chunks_of_factors_change_nothing(chunk, monkeypatch):
     expected = outputs_and_gradients(reference.decode, case)
     monkeypatch.setattr(sources, "CHUNK", chunk)
     assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+
+
+def row_by_row(
+    counts, problem, x, keys, projected, lengths, weights, states, feed, coverage, masks
+):
+    """The reference, each row alone for as many steps as it has, with zeros after them."""
+    parts = []
+    for row in range(x.shape[1]):
+        its, steps = slice(row, row + 1), sum(count > row for count in counts)
+        mask = Masks([m[:steps, its] for m in masks.between], masks.features[:steps, its])
+        found = reference.decode(
+            problem, x[:steps, its], keys[its], projected[its], lengths[its], weights,
+            [tuple(s[its] for s in state) for state in states], None if feed is None else feed[its],
+            coverage[its], mask,
+        )  # fmt: skip
+        rest = (0, 0, 0, 0, 0, len(x) - steps)
+        parts.append([*(nn.functional.pad(v, rest) for v in found[:4]), found.states])
+    *results, states = zip(*parts, strict=True)
+    after = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*states, strict=True)]
+    return Decoded(*(torch.cat(r, 1) for r in results), after)
+
+
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+@pytest.mark.parametrize("counts", [(4, 3, 3, 1, 1), (2, 1, 1, 1, 1), (4, 4, 4, 4, 4)], ids=str)
+def test_rows_that_leave_are_as_rows_alone(cell, feedback, kind, counts, monkeypatch):
+    case = random_case(
+        cell, feedback, kind, steps=5, lengths=[4, 2, 3, 1][: counts[0]], batch=counts[0],
+        hidden=(4, 5), coverage=True, dropout=0.3,
+    )  # fmt: skip
+    expected = outputs_and_gradients(partial(row_by_row, counts), case)
+    for chunk in (1, 1 << 18):
+        monkeypatch.setattr(sources, "CHUNK", chunk)
+        found = outputs_and_gradients(partial(torch_loop.decode, counts=counts), case)
+        assert_close(found, expected)
 
 
 def test_without_biases_or_anything_to_start_from():
