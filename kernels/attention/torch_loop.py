@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -546,15 +547,20 @@ class _Backward:
         self.d_features = self._views(self.features)
         self.between = [by_step(mask, counts) for mask in self.masks.between]
         sizes = (run.weights.shape[2] * run.query.shape[2], *(z.shape[1] for z in run.gates))
-        for first, last in self.rows.chunks(run.weights.shape[1] * max(sizes)):
+        parts = [*self.rows.chunks(run.weights.shape[1] * max(sizes))]
+        most = max((last - first) * counts[first] for first, last in parts)
+        memory = run.query.new_empty(2, most * self.sources.projected[0].numel())
+        for first, last in parts:
             now = slice(first, last), slice(counts[first])
             factors = [self._factors(index, now) for index in range(len(run.gates))]
             scale = self._scale(now).unbind(0) if self.feeds else ()
             seen = None if self.asked.coverage is None else self.asked.coverage[now]
             additive, slope = self.sources.first(counts[first]).additive, None
             if additive is not None:
-                sigma = additive.sigma(run.query[now], seen)
-                slope = torch.addcmul(sigma, sigma, sigma, value=-1)
+                size = (last - first, *additive.doubled.shape)
+                sigma, slope = (m[: math.prod(size)].view(size) for m in memory)
+                additive.sigma(run.query[now], seen, out=sigma)
+                torch.addcmul(sigma, sigma, sigma, value=-1, out=slope)
             for t in reversed(range(first, last)):
                 self._step(t, t - first, factors, scale, slope)
             if self.additive is not None and slope is not None:
