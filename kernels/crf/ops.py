@@ -121,7 +121,8 @@ class _Likelihood(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the CRF is differentiable once: create_graph=True needs more")
         d_emissions, d_scores = backward_op(grad.contiguous(), *ctx.saved_tensors)
-        return d_emissions, d_scores[-2], d_scores[:-2], d_scores[-1], None, None, None
+        d_start, d_end = d_scores[:2]
+        return d_emissions, d_start, d_scores[2:], d_end, None, None, None
 
 
 def likelihood(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import WARPS, padded
+from .plan import launch_options, padded
 from .sums import finite_max, load_matrix, load_vector
 
 
@@ -108,6 +108,6 @@ def decode(
     values = emissions.new_empty(batch, n, dtype=torch.float32)
     crf_decode[(batch,)](
         emissions, start, transitions, end, lengths, origins, paths, values,
-        steps, n, count, num_tags, size, num_warps=WARPS[size], num_stages=1,
+        steps, n, count, num_tags, size, **launch_options(size),
     )  # fmt: skip
     return paths, values

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import PARTIAL_SUMS, WARPS, padded
+from .plan import PARTIAL_SUMS, launch_options, padded
 
 LEAST = tl.constexpr(-3.4e38)  # beyond the largest float32 it would be a float64
 
@@ -131,11 +131,11 @@ def crf_backward(
             state = message + load_vector(emissions + here * K, tag, K)
             state -= finite_max(state, 0)
     if d_scores is not None:
-        d_scores += program.to(tl.int64) * (K + 2) * K
-        row, column = tag[:, None], tag[None, :]
-        tl.store(d_scores + row * K + column, d_matrix, mask=(row < K) & (column < K))
-        tl.store(d_scores + K * K + tag, d_start, mask=tag < K)
-        tl.store(d_scores + (K + 1) * K + tag, d_end, mask=tag < K)
+        # Padded, or the places and masks of the matrix would stay in registers all the while.
+        d_scores += program.to(tl.int64) * (KP + 2) * KP
+        tl.store(d_scores + tag, d_start)
+        tl.store(d_scores + KP + tag, d_end)
+        tl.store(d_scores + (tag[:, None] + 2) * KP + tag[None, :], d_matrix)
 
 
 def forward(
@@ -169,7 +169,7 @@ def forward(
     size = padded(num_tags)
     crf_forward[(batch,)](
         emissions, start, transitions, end, lengths, tags, value, states if save else None,
-        steps, num_tags, size, num_warps=WARPS[size], num_stages=1,
+        steps, num_tags, size, **launch_options(size),
     )  # fmt: skip
     return value, states
 
@@ -196,7 +196,7 @@ def backward(
 
     Returns:
         The gradient of the emissions, [B, T, K] of their dtype, and in float32 [K + 2, K] those of
-        the transitions, of start and of end; without `grad` the marginals in float32, and nothing.
+        start, of end and of the transitions; without `grad` the marginals in float32, and nothing.
     """
     batch, steps, num_tags = emissions.shape
     programs, size = min(batch, PARTIAL_SUMS), padded(num_tags)
@@ -204,9 +204,11 @@ def backward(
     d_emissions = emissions.new_zeros(emissions.shape, dtype=dtype)
     d_scores = None
     if grad is not None:
-        d_scores = emissions.new_empty(programs, num_tags + 2, num_tags, dtype=torch.float32)
+        d_scores = emissions.new_empty(programs, size + 2, size, dtype=torch.float32)
     crf_backward[(programs,)](
         grad, states, emissions, transitions, end, lengths, tags, d_emissions, d_scores,
-        steps, batch, num_tags, size, num_warps=WARPS[size], num_stages=1,
+        steps, batch, num_tags, size, **launch_options(size),
     )  # fmt: skip
-    return d_emissions, d_emissions.new_empty(0) if d_scores is None else d_scores.sum(0)
+    if d_scores is None:
+        return d_emissions, d_emissions.new_empty(0)
+    return d_emissions, d_scores.sum(0)[: num_tags + 2, :num_tags].contiguous()
