@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,18 +33,21 @@ def probabilities(
     """
     rows, first, stop = spans.unbind(1)
     last = stop - 1
-    tags = tags.clamp(min=0)
+    tags = tags.clamp(0, len(continued) - 1)
 
     def before(row: Tensor, step: Tensor, after: Tensor) -> Tensor:
         """Log p(y_step | y_step+1 = after), [*, K]."""
         return (states[row, step] + transitions.T[after]).log_softmax(-1)
 
-    sizes = last - first
-    span = torch.arange(len(spans), device=spans.device).repeat_interleave(sizes)
-    offset = torch.arange(len(span), device=spans.device) - (sizes.cumsum(0) - sizes)[span]
-    row, step = rows[span], first[span] + offset
-    links = before(row, step, tags[row, step + 1]).gather(1, tags[row, step][:, None])[:, 0]
-    inside = links.new_zeros(len(spans)).index_add_(0, span, links).exp()
+    # Of all words, and then as sums up to each: how long the spans are only the device knows.
+    chances = (states[:, :-1] + transitions.T[tags[:, 1:]]).log_softmax(-1)
+    links = chances.gather(-1, tags[:, :-1, None])[..., 0]
+    within = torch.arange(1, tags.shape[1], device=tags.device) < lengths[:, None]
+    possible = links > -torch.inf
+    sums = F.pad(links.where(within & possible, 0).double().cumsum(1), (1, 0))
+    breaks = F.pad((within & ~possible).cumsum(1), (1, 0))
+    whole = breaks[rows, last] == breaks[rows, first]
+    inside = (sums[rows, last] - sums[rows, first]).exp().where(whole, 0).to(links.dtype)
 
     final = tags[rows, last]
     onward = continued[final]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import crf
-from kernels.crf import ops
+from kernels.crf import ops, spans
 from tests.kernels.crf.crf_cases import (
     DEVICE,
     assert_paths_agree,
@@ -181,3 +182,12 @@ def test_a_cpu_needs_the_interpreter(monkeypatch):
     emissions, *scores = (value.cpu() for value in arguments(random_problem())[:5])
     with pytest.raises(ValueError, match="backend='triton' needs CUDA tensors, got emissions on"):
         crf.n_best(emissions, *scores, n=1, backend="triton")
+
+
+def test_nothing_about_spans_has_a_shape_that_depends_on_values():
+    """Else an accelerator would stop for it."""
+    with FakeTensorMode():
+        sums, tags = torch.empty(2, 6, 5), torch.ones(2, 6, dtype=torch.int64)
+        given = torch.empty(5, 5), torch.ones(5, dtype=torch.int64), tags, tags[:, :3]
+        found = spans.probabilities(sums, sums, *given, torch.ones(2, dtype=torch.int64))
+    assert found.shape == (2,)
