@@ -13,7 +13,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drops elements of any shape in training, and scales the others by 1 / (1 - p)."""
+        """Drop elements of any shape in training, and scale the others by 1 / (1 - p)."""
         plain = self.inplace or input.device.type != "cpu" or not 0 < self.p < 1
         if plain or not self.training:
             return super().forward(input)

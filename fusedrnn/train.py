@@ -45,12 +45,12 @@ class SaveConfig(SaveConfigCallback):
     """Stores the whole configuration with a training run, and sends it to Weights & Biases."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stores it where there is a run to store it with."""
+        """Store it where there is a run to store it with."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sends it to Weights & Biases."""
+        """Send it to Weights & Biases."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -64,11 +64,11 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Leaves out Lightning's predict, in whose place `predict` reads raw text."""
+        """Leave out Lightning's predict, in whose place `predict` reads raw text."""
         return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses a command line, or the dict that stands for one."""
+        """Parse a command line, or the dict that stands for one."""
         if isinstance(args, dict | jsonargparse.Namespace):
             self.config = parser.parse_object(args)
             return
@@ -78,13 +78,13 @@ class CLI(LightningCLI):
             parser.error(str(error))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links the codec."""
+        """Link the codec."""
         parser.link_arguments(
             "data", "model.init_args.codec", compute_fn=self._codec, apply_on="instantiate"
         )
 
     def _codec(self, data: Any) -> Any:
-        """Returns the codec of the data, which is the checkpoint's where there is one."""
+        """Return the codec of the data, which is the checkpoint's where there is one."""
         if self.checkpoint is not None and hasattr(type(data), "codec"):
             data.codec = self._task().codec_class.from_dict(self.checkpoint["fusedrnn"]["codec"])
         try:
@@ -96,7 +96,7 @@ class CLI(LightningCLI):
         return locate(self.config[self.config.subcommand].model.class_path)
 
     def _parse_ckpt_path(self) -> None:
-        """Reads the checkpoint before anything is built.
+        """Read the checkpoint before anything is built.
 
         Lightning would let the settings stored in it override the given ones here.
         """
@@ -110,14 +110,14 @@ class CLI(LightningCLI):
             raise CheckpointError(f"{path}: holds a {name}, not a {task.__name__}")
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer, and refuses data that cannot be read in one line."""
+        """Build data, model and trainer, and refuse data that cannot be read in one line."""
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             _fail(_inner(error))
 
     def after_instantiate_classes(self) -> None:
-        """Compares model and checkpoint, and reads the data, before the run has a folder."""
+        """Compare model and checkpoint, and read the data, before the run has a folder."""
         if self.checkpoint is not None:
             self.model.check(self.checkpoint, self.config[self.config.subcommand].ckpt_path)
             self.checkpoint = None
@@ -126,7 +126,7 @@ class CLI(LightningCLI):
 
 
 def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
-    """Runs one command of the command line.
+    """Run one command of the command line.
 
     Args:
         args: the command and its options, such as `["fit", "--config", "pos"]`; by default those of
@@ -176,7 +176,7 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
 
 
 def predict(args: Sequence[str]) -> None:
-    """Writes the results of a trained model on raw text, one line for each line.
+    """Write the results of a trained model on raw text, one line for each line.
 
     Args:
         args: `--ckpt_path X --input FILE|- [--output FILE|-]`, and the options of the task in the
@@ -212,7 +212,7 @@ def predict(args: Sequence[str]) -> None:
 
 
 def average(args: Sequence[str]) -> None:
-    """Writes a checkpoint whose weights are the means of several.
+    """Write a checkpoint whose weights are the means of several.
 
     Args:
         args: `--ckpt_path A B ... --output FILE`.
@@ -254,7 +254,7 @@ def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
 
 
 def _parser_kwargs() -> dict[str, Any]:
-    """Returns what the help says, and a usage line in place of one with every option."""
+    """Return what the help says, and a usage line in place of one with every option."""
     program = "python -m fusedrnn.train"
     commands = ",".join([*CLI.subcommands(), "predict", "average"])
     usages: dict[str, Any] = {
@@ -271,12 +271,12 @@ def _parser_kwargs() -> dict[str, Any]:
 
 
 def packaged_configs() -> list[str]:
-    """Returns the names that `--config` takes beside files."""
+    """Return the names that `--config` takes beside files."""
     return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 
 
 def _find_configs(args: list[str]) -> list[str]:
-    """Replaces the bare names of packaged configurations by their files."""
+    """Replace the bare names of packaged configurations by their files."""
     found = []
     for place, arg in enumerate(args):
         option, equals, name = arg.partition("=")
@@ -341,7 +341,7 @@ def _name(source: str) -> str:
 
 @contextmanager
 def _writing(target: str) -> Iterator[TextIO]:
-    """Yields stdout, or a file that appears under its name only when it is complete."""
+    """Yield stdout, or a file that appears under its name only when it is complete."""
     if target == "-":
         yield sys.stdout
         return
@@ -358,7 +358,7 @@ def _writing(target: str) -> Iterator[TextIO]:
 
 
 def _quieten() -> None:
-    """Silences what Lightning says to every user of a supported setting."""
+    """Silence what Lightning says to every user of a supported setting."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message="(?s).*(deprecated in v4|JsonargparseDeprecation)")
@@ -370,14 +370,14 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _raised_by_data(error: Exception) -> bool:
-    """Returns whether data were at work, so that the input is to blame."""
+    """Return whether data were at work, so that the input is to blame."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     sources = (L.LightningDataModule, lightning_modules.data.ResumableLoader)
     return any(isinstance(f.f_locals.get("self"), sources) for f in frames)
 
 
 def _inner(error: Exception) -> Exception:
-    """Returns what a constructor raised, without what jsonargparse says about types around it."""
+    """Return what a constructor raised, without what jsonargparse says about types around it."""
     inner = error.__cause__ or error.__context__
     if isinstance(inner, Exception) and str(error).startswith("Does not validate"):
         return inner

@@ -65,7 +65,7 @@ def _beside(w: Weights, rows: slice = slice(None)) -> Tensor:
 
 
 def _blend(update: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Puts a new value in the place of the old, or `update` of it under zoneout."""
+    """Put a new value in the place of the old, or `update` of it under zoneout."""
     if update == 1:
         return Tensor.copy_
     return lambda old, new: old.lerp_(new, update)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports all tasks, and Lightning with them, when the first is asked for."""
+    """Import all tasks, and Lightning with them, when the first is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lightning_modules import base, memory, seq2seq, series, tagger

@@ -18,7 +18,7 @@ KEPT = ("fusedrnn", "pytorch-lightning_version", "epoch", "global_step")
 
 
 def average_checkpoints(paths: Sequence[str | Path], output: str | Path) -> None:
-    """Writes a checkpoint with the mean of the weights of several (Utans, 1996).
+    """Write a checkpoint with the mean of the weights of several (Utans, 1996).
 
     It makes sense for checkpoints of one run, late in training: their models compute nearly the
     same. The models of different runs have nothing to do with each other weight by weight; use

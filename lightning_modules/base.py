@@ -26,11 +26,11 @@ class Codec(Protocol):
     """Turns text into model input and model output into text, and travels in the checkpoint."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain data."""
+        """Return all of it as plain data."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Restores what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
 
 
 class CheckpointError(ValueError):
@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint of a `Task` without running any code that it may hold.
+    """Read a checkpoint of a `Task` without running any code that it may hold.
 
     Args:
         path: the `.ckpt` file.
@@ -132,20 +132,20 @@ class Task(L.LightningModule):
         self._evaluate(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
+        """Start to count, whatever an interrupted evaluation left."""
         self._start("val")
 
     def on_test_epoch_start(self) -> None:
-        """Starts to count, whatever an interrupted evaluation left."""
+        """Start to count, whatever an interrupted evaluation left."""
         self._start("test")
 
     def on_validation_epoch_end(self) -> None:
-        """Reports what was counted, unless Lightning was only trying whether validation works."""
+        """Report what was counted, unless Lightning was only trying whether validation works."""
         if not self.trainer.sanity_checking:
             self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        """Reports what was counted."""
+        """Report what was counted."""
         self._report("test")
 
     def _evaluate(self, batch: Any, stage: str) -> None:
@@ -153,26 +153,26 @@ class Task(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} has no _evaluate")
 
     def _start(self, stage: str) -> None:
-        """Forgets what was counted in a stage."""
+        """Forget what was counted in a stage."""
         for metric in self._scores(stage).modules():
             if isinstance(metric, Metric):
                 metric.reset()
 
     def _report(self, stage: str) -> None:
-        """Shows what was counted in a stage."""
+        """Show what was counted in a stage."""
 
     def _scores(self, stage: str) -> Any:
         return self.scores[stage] if stage in self.scores else nn.ModuleDict()
 
     def _log_scores(self, stage: str, size: int) -> None:
-        """Logs each metric of a stage under its name, over a batch of `size` rows."""
+        """Log each metric of a stage under its name, over a batch of `size` rows."""
         for name, metric in self._scores(stage).items():
             key = f"{stage}/{name}"
             bar = key in ("val/loss", self.monitor)
             self.log(key, metric, prog_bar=bar, batch_size=size)
 
     def predict_lines(self, lines: Iterable[str], **options: Any) -> Iterator[str]:
-        """Yields one line of result for each line of raw text, in order.
+        """Yield one line of result for each line of raw text, in order.
 
         Args:
             lines: raw text, without line ends unless the class asks for them. It may be endless:
@@ -182,7 +182,7 @@ class Task(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} has no predict_lines")
 
     def join(self, others: Sequence["Task"]) -> None:
-        """Makes this model an ensemble, whose `predict_lines` asks the others too.
+        """Make this model an ensemble, whose `predict_lines` asks the others too.
 
         Args:
             others: models of the same class.
@@ -193,7 +193,7 @@ class Task(L.LightningModule):
         raise CheckpointError(f"a {type(self).__name__} works alone: give one checkpoint")
 
     def configure_optimizers(self) -> Any:
-        """Builds the optimizer and, with it, the scheduler."""
+        """Build the optimizer and, with it, the scheduler."""
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
@@ -204,17 +204,17 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        """Remembers the seed that the batches draw from."""
+        """Remember the seed that the batches draw from."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes the random numbers of a batch depend on nothing that came before it."""
+        """Make the random numbers of a batch depend on nothing that came before it."""
         place = f"{self.seed or 0}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:4]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_from_checkpoint` needs."""
+        """Add what `load_from_checkpoint` needs."""
         checkpoint["fusedrnn"] = {
             "format": FORMAT,
             "task": type(self).__name__,
@@ -226,13 +226,13 @@ class Task(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint fits this model, and takes over its seed."""
+        """Check that the checkpoint fits this model, and take over its seed."""
         self.check(checkpoint)
         self.seed = checkpoint["fusedrnn"]["seed"]
         self._plateau_metric = checkpoint["fusedrnn"]["plateau_metric"]
 
     def on_train_start(self) -> None:
-        """Takes the plateau step that was due when the checkpoint was written.
+        """Take the plateau step that was due when the checkpoint was written.
 
         A checkpoint of the end of an epoch is written before that step, and Lightning leaves it out
         on resuming.
@@ -244,7 +244,7 @@ class Task(L.LightningModule):
         self._plateau_metric = None
 
     def _pending_plateau_metric(self) -> float | None:
-        """Returns the metric of an epoch at whose end the plateau schedulers have yet to step."""
+        """Return the metric of an epoch at whose end the plateau schedulers have yet to step."""
         loop = self.trainer.fit_loop
         epoch = cast(Any, loop.epoch_progress.current)  # which Lightning declares too narrowly
         if epoch.started == epoch.completed or not loop.epoch_loop.batch_progress.is_last_batch:
@@ -258,7 +258,7 @@ class Task(L.LightningModule):
         return None if metric is None else metric.item()
 
     def check(self, checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> None:
-        """Checks that a checkpoint was written by a model like this one.
+        """Check that a checkpoint was written by a model like this one.
 
         Args:
             checkpoint: what `read_checkpoint` returned.
@@ -289,7 +289,7 @@ class Task(L.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, path: str | Path, map_location: torch.device | str = "cpu"
     ) -> Self:
-        """Builds a trained model from its checkpoint alone, ready for use (in evaluation mode).
+        """Build a trained model from its checkpoint alone, ready for use (in evaluation mode).
 
         Args:
             path: the `.ckpt` file.
@@ -331,12 +331,12 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def _family(task: type[Task]) -> list[type[Task]]:
-    """Returns a class and all that derive from it."""
+    """Return a class and all that derive from it."""
     return [task, *(member for child in task.__subclasses__() for member in _family(child))]
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Copies plain data, tuples as lists, and refuses what a checkpoint cannot carry safely."""
+    """Copy plain data, tuples as lists, and refuse what a checkpoint cannot carry safely."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, list | tuple):

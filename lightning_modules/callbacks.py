@@ -35,21 +35,21 @@ class Throughput(Callback):
         self._since: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._stop()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock again."""
+        """Start the clock again."""
         self._since = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the time that the batch was waited for."""
+        """Take the time that the batch was waited for."""
         if self._since is not None:
             self._waited += time.perf_counter() - self._since
 
@@ -61,7 +61,7 @@ class Throughput(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts the tokens of the batch, and logs at every `log_every_n_steps`."""
+        """Count the tokens of the batch, and log at every `log_every_n_steps`."""
         self._stop()
         self._since = time.perf_counter()
         self._tokens += int(batch.num_tokens)
@@ -112,14 +112,14 @@ class GradientFlow(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watches the layers in a step that is due, in its first batch."""
+        """Watch the layers in a step that is due, in its first batch."""
         self._recording.close()  # still open if the last batch had no backward pass
         fresh = trainer.global_step not in self._steps()
         if fresh and trainer.global_step % self.every_n_steps == 0:
             self._records = self._recording.enter_context(record(pl_module))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs what was watched."""
+        """Log what was watched."""
         self._recording.close()
         flows = {name: r.flow() for name, r in self._records.items() if r.reached}
         self._records = {}
@@ -145,7 +145,7 @@ class GradientFlow(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the layers their own backend back."""
+        """Give the layers their own backend back."""
         self._recording.close()
 
     def _steps(self) -> set[int]:
@@ -160,14 +160,14 @@ class LatestRun(Callback):
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Points the link to this run."""
+        """Point the link to this run."""
         run = _run_folder(trainer)
         if run is not None:
             _link(run)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the commands that evaluate and use the best checkpoint."""
+        """Print the commands that evaluate and use the best checkpoint."""
         run = _run_folder(trainer)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if run is None or not best:
@@ -197,12 +197,12 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(monitor=monitor, mode=mode, filename=filename, save_top_k=1)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the folder; remembers whether this is training."""
+        """Find the folder; remember whether this is training."""
         super().setup(trainer, pl_module, stage)
         self._training = stage == "fit"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the best checkpoint so far, when training goes on."""
+        """Take over the best checkpoint so far, when training goes on."""
         if not self._training:
             return
         before, score = Path(state_dict["best_model_path"]), state_dict["best_model_score"]
@@ -245,7 +245,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals, where that is possible: in a main thread."""
+        """Take the signals, where that is possible: in a main thread."""
         super().on_train_start(trainer, pl_module)
         self.received = None
         if threading.current_thread() is threading.main_thread():
@@ -256,7 +256,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._release()
 
     def _release(self) -> None:
-        """Gives the signals back."""
+        """Give the signals back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -269,7 +269,7 @@ class LastCheckpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Ends the run where it is asked to, and writes the checkpoint where it ends."""
+        """End the run where it is asked to, and write the checkpoint where it ends."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             trainer.should_stop = True
@@ -280,14 +280,14 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the signals back."""
+        """Give the signals back."""
         super().on_train_end(trainer, pl_module)
         self._release()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the signals back."""
+        """Give the signals back."""
         super().on_exception(trainer, pl_module, exception)
         self._release()
 

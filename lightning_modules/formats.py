@@ -77,7 +77,7 @@ class Tagged(NamedTuple):
 
 
 def token_spans(text: str, tokenizer: Tokenizer = "whitespace") -> list[Span]:
-    """Cuts a line of text into words.
+    """Cut a line of text into words.
 
     Args:
         text: the line.
@@ -111,7 +111,7 @@ def token_spans(text: str, tokenizer: Tokenizer = "whitespace") -> list[Span]:
 
 
 def tokenize(text: str, tokenizer: Tokenizer = "whitespace") -> list[str]:
-    """Returns the words of a line of text; the arguments are those of `token_spans`."""
+    """Return the words of a line of text; the arguments are those of `token_spans`."""
     return [text[start:end] for start, end in token_spans(text, tokenizer)]
 
 
@@ -123,7 +123,7 @@ def _shape(character: str) -> str:
 
 
 def read_text(lines: Iterable[str], tokenizer: Tokenizer = "whitespace") -> Iterator[Source]:
-    r"""Reads raw text, a sentence a line.
+    r"""Read raw text, a sentence a line.
 
     Args:
         lines: with their line ends; one without counts as if it ended in "\n".
@@ -139,7 +139,7 @@ def read_text(lines: Iterable[str], tokenizer: Tokenizer = "whitespace") -> Iter
 def read_columns(
     lines: Iterable[str], token_column: int = 0, conllu: bool = False
 ) -> Iterator[Source]:
-    r"""Reads columns, a token a line, with blank lines between sentences.
+    r"""Read columns, a token a line, with blank lines between sentences.
 
     Args:
         lines: separated by tabs or, where there is none, by blanks. In columns, lines that start
@@ -186,14 +186,14 @@ def _joined(tokens: list[str], lines: list[str], rows: list[int]) -> Source:
 
 
 def entities(tags: Sequence[str], scheme: str | None) -> list[Chunk]:
-    """Returns the entities that the tags of a sentence mark; without a scheme every tag does."""
+    """Return the entities that the tags of a sentence mark; without a scheme every tag does."""
     if scheme is None:
         return [Chunk(tag, place, place + 1) for place, tag in enumerate(tags)]
     return chunks(tags)
 
 
 def _entities(sentence: Tagged, scheme: str | None) -> list[tuple[Chunk, float | None]]:
-    """Returns the entities of a sentence, each with its confidence if that was asked for."""
+    """Return the entities of a sentence, each with its confidence if that was asked for."""
     found = entities(sentence.tags, scheme)
     confidences = sentence.entity_confidences
     return list(
@@ -207,7 +207,7 @@ def _extent(sentence: Tagged, entity: Chunk) -> Span:
 
 
 def as_text(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes `word/TAG word/TAG ...`, a line a sentence.
+    """Write `word/TAG word/TAG ...`, a line a sentence.
 
     After it stand the tags of further tasks, `word/TAG/TAG`, and last a confidence, `word/TAG/0.9`.
     """
@@ -219,7 +219,7 @@ def as_text(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
 
 
 def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes columns: the token, or all the columns that were read, then the tag of each task.
+    """Write columns: the token, or all the columns that were read, then the tag of each task.
 
     A confidence is one more column. Lines that are not tokens stay as they are.
     """
@@ -236,7 +236,7 @@ def as_conll(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator
 
 
 def as_json(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes an object a sentence, with offsets in characters into its `text`."""
+    """Write an object a sentence, with offsets in characters into its `text`."""
     for sentence in sentences:
         text, spans = sentence.source.text, sentence.source.spans
         tokens: list[dict[str, Any]] = [
@@ -261,7 +261,7 @@ def _entity(sentence: Tagged, entity: Chunk, confidence: float | None) -> dict[s
 
 
 def as_brat(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes stand-off annotations as brat reads them (https://brat.nlplab.org/standoff.html).
+    """Write stand-off annotations as brat reads them (https://brat.nlplab.org/standoff.html).
 
     Offsets are in characters into the whole input, a byte-order mark not counted. A confidence is a
     note (`#1`) to its entity.
@@ -292,7 +292,7 @@ mark b { font-size: .65em; margin-inline-start: .5em; opacity: .75 }
 
 
 def as_html(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes a page that needs nothing else, entities coloured, confidences under the pointer."""
+    """Write a page that needs nothing else, entities coloured, confidences under the pointer."""
     yield _PAGE
     for sentence in sentences:
         marked = _marked(sentence, scheme, html.escape, _mark)
@@ -308,7 +308,7 @@ def _mark(text: str, kind: str, confidence: float | None) -> str:
 
 
 def as_ansi(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[str]:
-    """Writes the text for a terminal, entities coloured."""
+    """Write the text for a terminal, entities coloured."""
     for sentence in sentences:
         yield _marked(sentence, scheme, _printable, _colour)
 
@@ -320,7 +320,7 @@ def _colour(text: str, kind: str, confidence: float | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Leaves out what would steer the terminal."""
+    """Leave out what would steer the terminal."""
     return "".join(c for c in text if c == "\t" or unicodedata.category(c) != "Cc")
 
 

@@ -71,14 +71,14 @@ class RunLogger(WandbLogger):
             return super().experiment
 
     def close(self) -> None:
-        """Ends the W&B run, so that the next one in this process is a run of its own."""
+        """End the W&B run, so that the next one in this process is a run of its own."""
         if self._experiment is not None:
             self._experiment.finish()
             self._experiment = None
 
 
 def logged_in() -> bool:
-    """Returns whether this machine has W&B credentials; asks neither the network nor the user."""
+    """Return whether this machine has W&B credentials; ask neither the network nor the user."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     url = os.environ.get("WANDB_BASE_URL")

@@ -45,7 +45,7 @@ class Memory(Task):
         self.model = MemoryModel(codec.name, codec.length, **arguments)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Answers a batch: [B, answer], or [T, B, answer] for one at every step."""
+        """Answer a batch: [B, answer], or [T, B, answer] for one at every step."""
         return self.model(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

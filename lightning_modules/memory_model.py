@@ -121,7 +121,7 @@ class Problem:
         return 0.1 * self.chance if self.name == "copy" else 0.01
 
     def generate(self, batch: int, generator: Generator | None = None) -> Batch:
-        """Draws a batch of a number of rows."""
+        """Draw a batch of a number of rows."""
         return GENERATORS[self.name](batch, self.length, generator)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -136,7 +136,7 @@ class Problem:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Problem:
-        """Restores what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
         return cls(**data)
 
 
@@ -171,13 +171,13 @@ class MemoryModel(nn.Module):
         return self.head(y[batch.lengths - 1, torch.arange(y.shape[1])])
 
     def forward(self, batch: Batch) -> Tensor:
-        """Answers a batch."""
+        """Answer a batch."""
         return self.answer(self.layer(batch.x, lengths=batch.lengths)[0], batch)
 
 
 @torch.no_grad()
 def set_carry_bias(stack: RecurrentStack, bias: Bias, length: int) -> None:
-    """Sets the bias of the carry gate in every layer, f of an LSTM and z of a GRU.
+    """Set the bias of the carry gate in every layer, f of an LSTM and z of a GRU.
 
     Args:
         stack: its layers; one whose cell has no such gate stays as it is.

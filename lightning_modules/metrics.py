@@ -10,7 +10,7 @@ from lightning_modules.data.schemes import chunks
 
 
 def precision_recall_f1(counts: Tensor) -> Tensor:
-    """Computes precision, recall and their harmonic mean from counts.
+    """Compute precision, recall and their harmonic mean from counts.
 
     Args:
         counts: [..., 3] int64: correct, predicted and gold items.
@@ -52,7 +52,7 @@ class SpanF1(Metric):
     def update(
         self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
     ) -> None:
-        """Counts the entities of some sentences.
+        """Count the entities of some sentences.
 
         Args:
             predictions: the predicted tags of each sentence.
@@ -75,7 +75,7 @@ class SpanF1(Metric):
         self.counts += torch.tensor(counts, device=self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns `precision`, `recall`, `f1` (float64 scalars) and `counts` [labels, 3].
+        """Return `precision`, `recall`, `f1` (float64 scalars) and `counts` [labels, 3].
 
         A row of `counts` holds the correct, predicted and gold entities of a label.
         """

@@ -30,14 +30,14 @@ class ModelCard(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the card, if the run has left checkpoints."""
+        """Write the card, if the run has left checkpoints."""
         folder = next((f for f in map(_folder, trainer.checkpoint_callbacks) if f), None)
         if folder is not None:
             (folder / NAME).write_text("\n".join(_card(trainer, pl_module)), encoding="utf-8")
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the scores of a test to the card of the checkpoint that was tested."""
+        """Add the scores of a test to the card of the checkpoint that was tested."""
         path = Path(str(trainer.ckpt_path))
         card = path.parent / NAME
         if card.is_file():

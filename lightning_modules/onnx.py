@@ -44,7 +44,7 @@ class _Encoder(nn.Module):
 
 
 def export_tagger(tagger: Tagger, path: str | Path) -> None:
-    """Writes a tagger up to its emissions.
+    """Write a tagger up to its emissions.
 
     Inputs are `words` [B, T], `lengths` [B], `characters` [U, L], `character_lengths` [U] and
     `spellings` [B, T] and `casings` [U], all int64, as `TaggerModel.forward` and a `TaggingBatch`
@@ -80,7 +80,7 @@ def export_tagger(tagger: Tagger, path: str | Path) -> None:
 
 
 def export_encoder(seq2seq: Seq2Seq, path: str | Path) -> None:
-    """Writes the encoder of a sequence-to-sequence model, with the bridge to its decoder.
+    """Write the encoder of a sequence-to-sequence model, with the bridge to its decoder.
 
     Inputs are `source` [B, S] and `lengths` [B], int64. Outputs are `keys` [B, S, Dk], what an
     attention looks at, zero past the lengths, and the decoder's initial states `h_l0` [1, B, H],

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @rank_zero_only
 def log_figure(module: L.LightningModule, key: str, figure: Figure) -> None:
-    """Logs a picture.
+    """Log a picture.
 
     It becomes `media/<key>_<step>.png` under the log folder of each CSVLogger, and a picture in
     each W&B run.
@@ -43,7 +43,7 @@ def log_figure(module: L.LightningModule, key: str, figure: Figure) -> None:
 def log_table(
     module: L.LightningModule, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> None:
-    """Logs a table.
+    """Log a table.
 
     It becomes `media/<key>_<step>.csv` under the log folder of each CSVLogger, and a table in each
     W&B run.
@@ -65,7 +65,7 @@ def log_table(
 
 @rank_zero_only
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table, text to the left and numbers to the right.
+    """Print a table, text to the left and numbers to the right.
 
     Args:
         title: the line above it.
@@ -86,7 +86,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def spread(items: Sequence[T], number: int) -> Sequence[T]:
-    """Returns at most `number` items from all over a sequence, evenly apart."""
+    """Return at most `number` items from all over a sequence, evenly apart."""
     return items[:: max(1, -(-len(items) // number))]
 
 

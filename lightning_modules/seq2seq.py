@@ -199,7 +199,7 @@ class Seq2Seq(Task):
         return nn.ModuleDict(scores)
 
     def check(self, checkpoint: dict[str, Any], path: str | Path = "checkpoint") -> None:
-        """Checks a checkpoint, one from before the decoder was one module too."""
+        """Check a checkpoint, one from before the decoder was one module too."""
         if isinstance(checkpoint.get("state_dict"), dict):
             rename(self.model, checkpoint["state_dict"], "model.")
         super().check(checkpoint, path)
@@ -207,7 +207,7 @@ class Seq2Seq(Task):
     def forward(
         self, source: Tensor, source_lengths: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Predicts each symbol of a target from those before it; see `Seq2SeqModel.forward`."""
+        """Predict each symbol of a target from those before it; see `Seq2SeqModel.forward`."""
         return self.model(source, source_lengths, target)
 
     def _loss(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -265,7 +265,7 @@ class Seq2Seq(Task):
         self._samples, self._decoded = [], []
 
     def _report(self, stage: str) -> None:
-        """Logs sample outputs, alignments, histograms and the signature of BLEU."""
+        """Log sample outputs, alignments, histograms and the signature of BLEU."""
         samples = spread(self._samples, SAMPLES)
         join = self.codec.target_symbols.join
         columns = ["source", "prediction", "references", "mean_log_probability"]
@@ -301,7 +301,7 @@ class Seq2Seq(Task):
             )
 
     def join(self, others: Sequence[Task]) -> None:
-        """Decodes from now on with the mean of several models' probabilities.
+        """Decode from now on with the mean of several models' probabilities.
 
         Args:
             others: models with the same codec.
@@ -331,7 +331,7 @@ class Seq2Seq(Task):
         options: SearchOptions = GREEDY,
         numbers: Sequence[int] | None = None,
     ) -> Hypotheses:
-        """Searches for the most probable outputs. `<pad>`, `<bos>` and `<unk>` are never written.
+        """Search for the most probable outputs. `<pad>`, `<bos>` and `<unk>` are never written.
 
         Args:
             source: int64 [B, S], 0 past the lengths.
@@ -357,7 +357,7 @@ class Seq2Seq(Task):
     def translate(
         self, texts: Sequence[str], batch_size: int = 64, **options: Any
     ) -> list[str] | list[list[tuple[str, float]]]:
-        """Turns raw source texts into target texts.
+        """Turn raw source texts into target texts.
 
         Args:
             texts: raw texts, cut into symbols as the training data were. An empty one has an empty
@@ -389,7 +389,7 @@ class Seq2Seq(Task):
         first: int = 0,
         align: bool = False,
     ) -> list[list[Translation]]:
-        """Turns raw source texts into target texts, and tells all about them.
+        """Turn raw source texts into target texts, and tell all about them.
 
         Args:
             texts: raw texts.
@@ -427,7 +427,7 @@ class Seq2Seq(Task):
         return results
 
     def _read(self, found: Hypotheses, texts: Sequence[str]) -> list[list[Translation]]:
-        """Puts what was found into words."""
+        """Put what was found into words."""
         join = self.codec.target_symbols.join
         words = [
             [self.codec.decode_target(numbers, text) for numbers in row]
@@ -445,7 +445,7 @@ class Seq2Seq(Task):
         encoded: Sequence[Any],
         found: Hypotheses,
     ) -> None:
-        """Adds the attention weights to the results of a batch."""
+        """Add the attention weights to the results of a batch."""
         places = [(i, n) for i in rows for n in range(len(results[i]))]
         numbers = [h for row in found.sequences(self.codec.target.eos) for h in row]
         weights = self._alignments([encoded[i] for i, _ in places], numbers)
@@ -453,7 +453,7 @@ class Seq2Seq(Task):
             results[i][n] = results[i][n]._replace(weights=weight)
 
     def alignments(self, texts: Sequence[str], outputs: Sequence[str]) -> list[Tensor]:
-        """Returns what the decoder looks at while it writes given outputs.
+        """Return what the decoder looks at while it writes given outputs.
 
         Args:
             texts: raw source texts, not empty.
@@ -476,7 +476,7 @@ class Seq2Seq(Task):
         return self._alignments(sources, targets)
 
     def _alignments(self, sources: Sequence[Any], outputs: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Returns the mean attention weights of all models; see `alignments`."""
+        """Return the mean attention weights of all models; see `alignments`."""
         begin = cast(int, self.codec.target.bos)
         target = pad([[begin, *output] for output in outputs]).to(self.device)
         with evaluation(self):
@@ -489,7 +489,7 @@ class Seq2Seq(Task):
         ]
 
     def _stack(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Returns encoded sources as a batch, and their lengths."""
+        """Return encoded sources as a batch, and their lengths."""
         source, sizes = self.codec.collate_sources(sources)
         return source.to(self.device), sizes.to(self.device)
 
@@ -512,7 +512,7 @@ class Seq2Seq(Task):
         alignments: bool = False,
         drawings: str | None = None,
     ) -> Iterator[str]:
-        """Yields the translation of each line, in order.
+        """Yield the translation of each line, in order.
 
         Args:
             lines: raw source texts without line ends.
@@ -567,7 +567,7 @@ class Seq2Seq(Task):
             first += len(chunk)
 
     def _draw(self, text: str, found: Translation, file: Path) -> None:
-        """Stores the heat map of an alignment."""
+        """Store the heat map of an alignment."""
         assert found.weights is not None
         file.parent.mkdir(parents=True, exist_ok=True)
         labels = self.codec.source_labels(text, self.codec.encode_source(text))
@@ -578,7 +578,7 @@ class Seq2Seq(Task):
 
 
 def _as_text(text: str, found: Sequence[Translation], alignments: bool) -> str:
-    """Writes results with tabs between."""
+    """Write results with tabs between."""
     cells = []
     for result in found:
         cells.append(result.text)
@@ -591,7 +591,7 @@ def _as_text(text: str, found: Sequence[Translation], alignments: bool) -> str:
 
 
 def _as_json(text: str, found: Sequence[Translation], alignments: bool) -> str:
-    """Writes results as one object."""
+    """Write results as one object."""
     results: list[dict[str, Any]] = []
     for result in found:
         score = round(result.score, 6)
@@ -613,7 +613,7 @@ class SpeechToText(Seq2Seq):
 
 
 def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[str]) -> Figure:
-    """Draws attention weights.
+    """Draw attention weights.
 
     Args:
         weights: [T, S].
@@ -639,7 +639,7 @@ def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[st
 def histogram(
     quantity: str, values: Mapping[str, Sequence[float]], bins: int = 30, whole: bool = False
 ) -> Figure:
-    """Draws how often values occur.
+    """Draw how often values occur.
 
     Args:
         quantity: of the horizontal axis.

@@ -64,7 +64,7 @@ class _SeriesTask(Task):
         raise NotImplementedError
 
     def forward(self, batch: SeriesBatch) -> Tensor:
-        """Predicts the target of each window, float [B, T, targets], scaled."""
+        """Predict the target of each window, float [B, T, targets], scaled."""
         raise NotImplementedError
 
     def _steps(self, calendar: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _SeriesTask(Task):
     def _windows(
         self, lines: Iterable[str], batch_size: int
     ) -> Iterator[tuple[int, Tensor, list[list[datetime]]]]:
-        """Reads rows of comma-separated values, some at a time, a header line allowed.
+        """Read rows of comma-separated values, some at a time, a header line allowed.
 
         Yields:
             How many of the rows end no window yet, the scaled windows [N, context, columns] of the
@@ -240,7 +240,7 @@ class Forecaster(_SeriesTask):
         return source[:, source.shape[1] - season + ahead % season]
 
     def forward(self, batch: SeriesBatch) -> Tensor:
-        """Predicts the rows that follow each window, float [B, horizon, targets], scaled."""
+        """Predict the rows that follow each window, float [B, horizon, targets], scaled."""
         read, steps = batch.source, self._steps(batch.target_calendar)
         times, targets = batch.source_calendar, len(self.codec.targets)
         if self.center:
@@ -291,7 +291,7 @@ class Forecaster(_SeriesTask):
     def predict_lines(  # type: ignore[override]
         self, lines: Iterable[str], batch_size: int = 64
     ) -> Iterator[str]:
-        """Yields, for each row of a table, the forecast of the rows after it.
+        """Yield, for each row of a table, the forecast of the rows after it.
 
         Args:
             lines: rows of comma-separated values, the time first where the training table had one.
@@ -326,7 +326,7 @@ class Forecaster(_SeriesTask):
 
 
 def _continued(times: Sequence[datetime], count: int) -> list[datetime]:
-    """Returns the times that follow, as far apart as the last two."""
+    """Return the times that follow, as far apart as the last two."""
     step = times[-1] - times[-2] if len(times) > 1 else timedelta(hours=1)
     return [times[-1] + step * ahead for ahead in range(1, count + 1)]
 
@@ -399,7 +399,7 @@ class AnomalyDetector(_SeriesTask):
         )
 
     def forward(self, batch: SeriesBatch) -> Tensor:
-        """Reconstructs each window, float [B, T, columns], scaled."""
+        """Reconstruct each window, float [B, T, columns], scaled."""
         source = torch.cat([batch.source, batch.source_calendar], -1)
         lengths = torch.full((len(source),), source.shape[1], device=source.device)
         backwards, _ = self.model(source, lengths, self._steps(batch.target_calendar.flip(1)))
@@ -450,7 +450,7 @@ class AnomalyDetector(_SeriesTask):
     def predict_lines(  # type: ignore[override]
         self, lines: Iterable[str], batch_size: int = 64
     ) -> Iterator[str]:
-        """Yields, for each row of a table, how unusual it is given the rows before it.
+        """Yield, for each row of a table, how unusual it is given the rows before it.
 
         Args:
             lines: rows of comma-separated values, the columns of the training table without the
@@ -474,7 +474,7 @@ class AnomalyDetector(_SeriesTask):
 
 
 def _panels(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Makes a figure with a panel for each name, one below another, with one horizontal axis."""
+    """Make a figure with a panel for each name, one below another, with one horizontal axis."""
     figure = Figure(figsize=(7, 1 + 1.4 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0].tolist()
     for name, axis in zip(names, axes, strict=True):

@@ -164,7 +164,7 @@ class Tagger(Task):
         return self.model(*batch[:6])
 
     def training_step(self, batch: TaggingBatch, _: int) -> Tensor:
-        """Returns the negative log-likelihood of the gold tags, a word, summed over tasks."""
+        """Return the negative log-likelihood of the gold tags, a word, summed over tasks."""
         features = self.model.encode(*batch[:6])
         loss = features.new_zeros(())
         for head, gold in zip(self.model.heads, [batch.tags, *batch.other_tags], strict=True):
@@ -192,7 +192,7 @@ class Tagger(Task):
                 ]
 
     def on_train_end(self) -> None:
-        """Draws the confusion matrix of the last validation."""
+        """Draw the confusion matrix of the last validation."""
         self._draw("val")
 
     def _start(self, stage: str) -> None:
@@ -200,7 +200,7 @@ class Tagger(Task):
         self._samples = []
 
     def _report(self, stage: str) -> None:
-        """Logs the scores, samples and each label's scores, and after testing the confusions."""
+        """Log the scores, samples and each label's scores, and after testing the confusions."""
         results = [scores.compute() for scores in self._scores(stage)]
         self._confusions = [confusion for _, _, confusion in results]
         for task, head, (values, labels, _) in zip(
@@ -239,7 +239,7 @@ class Tagger(Task):
         batch_size: int = 32,
         tokenizer: Tokenizer = "whitespace",
     ) -> list[list[tuple[str, ...]]]:
-        """Tags sentences.
+        """Tag sentences.
 
         Args:
             sentences: each a string, or the list of its words.
@@ -264,7 +264,7 @@ class Tagger(Task):
     def _find(
         self, sentences: Sequence[list[str]], batch_size: int, confidence: bool = False
     ) -> list[Found]:
-        """Finds the tags of each sentence; `confidence`: whether to say how sure it is of them."""
+        """Find the tags of each sentence; `confidence`: whether to say how sure it is of them."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         rows = [self.codec.untagged(words) for words in sentences]
@@ -314,7 +314,7 @@ class Tagger(Task):
         token_column: int = 0,
         confidence: bool = False,
     ) -> Iterator[str]:
-        """Tags lines of text, a sentence each, or the sentences of columns.
+        """Tag lines of text, a sentence each, or the sentences of columns.
 
         Args:
             lines: the lines.
@@ -389,7 +389,7 @@ class Scores(nn.Module):
         names: list[list[str]],
         predicted: list[list[str]],
     ) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             total: sum of the loss over words.
@@ -410,7 +410,7 @@ class Scores(nn.Module):
             self.spans.update(predicted, names)
 
     def compute(self) -> tuple[dict[str, Tensor], list[list[Any]], Tensor]:
-        """Returns the scores by name, the table of labels, and the confusion matrix.
+        """Return the scores by name, the table of labels, and the confusion matrix.
 
         There is no loss where no sentence has a likelihood, for a tag that training has not seen.
         """
@@ -434,7 +434,7 @@ class Scores(nn.Module):
 def confusion_table(
     confusion: Tensor, names: Sequence[str], most: int | None = 16
 ) -> tuple[list[str], list[list[Any]]]:
-    """Makes a table of a confusion matrix.
+    """Make a table of a confusion matrix.
 
     Args:
         confusion: [K, K], counts, gold tags down and predicted tags across.
@@ -456,7 +456,7 @@ def confusion_table(
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Figure:
-    """Draws a confusion matrix, each row as shares of its gold tag.
+    """Draw a confusion matrix, each row as shares of its gold tag.
 
     Args:
         confusion: [K, K], counts, gold tags down and predicted tags across.

@@ -57,7 +57,7 @@ class WordEmbedding(nn.Module):
         self.register_buffer("frozen", given[:num_words] & freeze)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Looks up words: int64 [*] to [*, size]."""
+        """Look up words: int64 [*] to [*, size]."""
         own = numbers.clamp(max=len(self.words) - 1)
         found = F.embedding(own, self.words, padding_idx=0)
         if self.freeze:
@@ -106,7 +106,7 @@ class CharacterEncoder(nn.Module):
         self.output_size = 2 * hidden_size + filters
 
     def forward(self, characters: Tensor, lengths: Tensor) -> Tensor:
-        """Encodes U words: characters [U, L] int64 and lengths [U] to [U, output_size]."""
+        """Encode U words: characters [U, L] int64 and lengths [U] to [U, output_size]."""
         embedded = self.dropout(self.embedding(characters))
         encoded = []
         if self.lstm is not None:
@@ -132,7 +132,7 @@ class SequenceDropout(nn.Module):
         self.dropout = Dropout(probability)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Drops from [B, T, C]."""
+        """Drop from [B, T, C]."""
         if not self.training:
             return features
         return features * self.dropout(torch.ones_like(features[:, :1]))
@@ -190,7 +190,7 @@ class TagHead(nn.Module):
         return -torch.where(counted, likelihood, 0).sum(), (counted * lengths).sum()
 
     def decode(self, emissions: Tensor, lengths: Tensor) -> Tensor:
-        """Finds the best tags.
+        """Find the best tags.
 
         Args:
             emissions: [B, T, K].
@@ -205,7 +205,7 @@ class TagHead(nn.Module):
         return emissions.argmax(-1).masked_fill(steps >= lengths[:, None], PADDING)
 
     def confidences(self, emissions: Tensor, paths: Tensor, lengths: Tensor) -> Tensor:
-        """Computes the probability of each tag of some paths: with a CRF, its marginal.
+        """Compute the probability of each tag of some paths: with a CRF, its marginal.
 
         Args:
             emissions: [B, T, K].
@@ -224,7 +224,7 @@ class TagHead(nn.Module):
     def span_confidences(
         self, emissions: Tensor, paths: Tensor, spans: Tensor, lengths: Tensor
     ) -> Tensor:
-        """Computes the probability of entities: of all their tags, with a CRF also of their end.
+        """Compute the probability of entities: of all their tags, with a CRF also of their end.
 
         Args:
             emissions: [B, T, K].
@@ -428,7 +428,7 @@ class TaggerModel(TagHead):
         spellings: Tensor,
         casings: Tensor | None = None,
     ) -> Tensor:
-        """Returns what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
+        """Return what the heads of all tasks look at, [B, T, C]; arguments as for `forward`."""
         features = [self.words(self._forget(words))]
         if self.characters is not None:
             spelt = self.characters(characters, character_lengths)
@@ -443,7 +443,7 @@ class TaggerModel(TagHead):
         return self.dropout(encoded)
 
     def _forget(self, words: Tensor) -> Tensor:
-        """Takes some words for the unknown one: its vector is learnt, and spellings matter more."""
+        """Take some words for the unknown one: its vector is learnt, and spellings matter more."""
         if not self.training:
             return words
         rare = (words >= self.rare.start) & (words < self.rare.stop)

@@ -13,7 +13,7 @@ __all__ = ["SacreBLEU", "SymbolErrorRate", "WordErrorRate", "edit_distance"]
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    """Returns the fewest insertions, deletions and substitutions between two sequences.
+    """Return the fewest insertions, deletions and substitutions between two sequences.
 
     Args:
         first: symbols.
@@ -52,7 +52,7 @@ class _Rate(Metric):
             self.add_state(name, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """Returns the rate as a fraction; nan before any update."""
+        """Return the rate as a fraction; nan before any update."""
         return self.errors.double() / self.total
 
 
@@ -66,7 +66,7 @@ class SymbolErrorRate(_Rate):
     def update(
         self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
     ) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             predictions: B sequences of symbols.
@@ -92,7 +92,7 @@ class WordErrorRate(_Rate):
     def update(
         self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
     ) -> None:
-        """Counts a batch; arguments as for `SymbolErrorRate`."""
+        """Count a batch; arguments as for `SymbolErrorRate`."""
         _check(predictions, references)
         for prediction, answers in zip(predictions, references, strict=True):
             self.errors += list(prediction) not in [list(answer) for answer in answers]
@@ -127,7 +127,7 @@ class SacreBLEU(Metric):
         self.add_state("most", torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             predictions: B texts.
@@ -155,7 +155,7 @@ class SacreBLEU(Metric):
             state += torch.tensor(values, dtype=torch.int64, device=state.device)
 
     def compute(self) -> Tensor:
-        """Returns BLEU from 0 to 100."""
+        """Return BLEU from 0 to 100."""
         # the signature of all processes: the same number of references everywhere, or varying
         self.bleu.num_refs = int(self.most) if self.most == self.fewest else -1
         score = BLEU.compute_bleu(

@@ -91,13 +91,13 @@ class BucketBatchSampler(Sampler[list[int]]):
         return drawn[torch.argsort(self._buckets[drawn], descending=True, stable=True)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration takes."""
+        """Choose the epoch whose order the next iteration takes."""
         if epoch != self.epoch:
             self.skip = 0
         self.epoch = epoch
 
     def state_dict(self, batches: int) -> dict[str, int]:
-        """Returns where a run stands, as plain data.
+        """Return where a run stands, as plain data.
 
         Args:
             batches: batches of this epoch that each process has had.
@@ -105,7 +105,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "batches": batches, "steps": len(self), "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration give the batches that the stopped run had not had.
+        """Make the next iteration give the batches that the stopped run had not had.
 
         Args:
             state: what `state_dict` returned.
@@ -172,16 +172,16 @@ class ResumableLoader(DataLoader):
         return cast(BucketBatchSampler, self.batch_sampler)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and how many of its batches have been taken, as plain data."""
+        """Return the epoch and how many of its batches have been taken, as plain data."""
         return self._buckets.state_dict(self._batches)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned."""
         self._buckets.load_state_dict(state)
 
 
 def check_limits(batch_size: int | None, max_tokens: int | None, num_workers: int = 0) -> None:
-    """Checks how batches are to be made; data modules do so before a run starts.
+    """Check how batches are to be made; data modules do so before a run starts.
 
     Args:
         batch_size: most sequences in a batch, at least 1; None: no limit.
@@ -203,7 +203,7 @@ def check_limits(batch_size: int | None, max_tokens: int | None, num_workers: in
 def _cuts(
     widths: Sequence[int], batch_size: int | None, max_tokens: int | None, drop_last: bool
 ) -> list[tuple[int, int]]:
-    """Cuts sequences of falling widths into batches [start, end) within both limits."""
+    """Cut sequences of falling widths into batches [start, end) within both limits."""
     cuts: list[tuple[int, int]] = []
     start = 0
     while start < len(widths):
@@ -218,14 +218,14 @@ def _cuts(
 
 
 def _world() -> tuple[int, int]:
-    """Returns the rank of this process and how many there are."""
+    """Return the rank of this process and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
-    """Stacks sequences of numbers into one int64 tensor [B, T], filled up with `value`.
+    """Stack sequences of numbers into one int64 tensor [B, T], filled up with `value`.
 
     Args:
         rows: B sequences; T is the length of the longest one.
@@ -241,5 +241,5 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 
 def lengths(rows: Sequence[Sequence[object]]) -> Tensor:
-    """Returns the lengths of B sequences, int64 [B]."""
+    """Return the lengths of B sequences, int64 [B]."""
     return torch.tensor([len(row) for row in rows], dtype=torch.int64)

@@ -62,13 +62,13 @@ class EncodedRows(Sequence[R], Generic[R]):
         return self._kind(**self._data[place])
 
     def __getitems__(self, places: list[int]) -> list[R]:
-        """Returns some rows at once, as a `DataLoader` asks for them."""
+        """Return some rows at once, as a `DataLoader` asks for them."""
         columns = self._data[places]
         cells = zip(*(columns[name] for name in self._kind._fields), strict=True)  # type: ignore[attr-defined]
         return [self._kind(*row) for row in cells]
 
     def lengths(self, name: str) -> list[int]:
-        """Returns the length of a list in every row.
+        """Return the length of a list in every row.
 
         Args:
             name: the field that holds it.
@@ -78,6 +78,6 @@ class EncodedRows(Sequence[R], Generic[R]):
 
 @cache
 def _code() -> bytes:
-    """Digests the modules that encode."""
+    """Digest the modules that encode."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

@@ -48,7 +48,7 @@ class MemoryData(DataModule):
         self._rows = {split: range(size) for split, size in zip(SPLITS, sizes, strict=True)}
 
     def draw(self, split: str, numbers: list[int]) -> Batch:
-        """Draws a batch from the numbers of its rows, so that it needs no other state."""
+        """Draw a batch from the numbers of its rows, so that it needs no other state."""
         key = hash((self.seed, SPLITS.index(split), *numbers))
         generator = torch.Generator().manual_seed(key % 2**63)
         return self.codec.generate(len(numbers), generator)

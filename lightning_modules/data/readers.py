@@ -40,7 +40,7 @@ class Sentence(NamedTuple):
 def read_conllu(
     path: str | Path, column: str = "upos", scheme: str | None = None
 ) -> list[Sentence]:
-    """Reads a CoNLL-U file (https://universaldependencies.org/format.html).
+    """Read a CoNLL-U file (https://universaldependencies.org/format.html).
 
     Ranges of multiword tokens (`1-2`) and empty nodes (`8.1`) are left out: they are not words.
 
@@ -90,7 +90,7 @@ def read_columns(
     delimiter: str | None = None,
     scheme: str | None = None,
 ) -> list[Sentence]:
-    r"""Reads a CoNLL column file: one token a line, blank lines between sentences.
+    r"""Read a CoNLL column file: one token a line, blank lines between sentences.
 
     Lines that start with `# ` are comments, unless they can only be the token `#` (they have a tab
     in a file with tabs; or as many columns as the other lines, inside a sentence or with a tag of
@@ -144,7 +144,7 @@ def read_columns(
 
 
 def check_tag(tag: str, scheme: str | None, place: str) -> str:
-    """Checks that a tag belongs to a scheme.
+    """Check that a tag belongs to a scheme.
 
     Args:
         tag: the tag.
@@ -179,7 +179,7 @@ def _inside(tag: str, place: str) -> str:
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields line numbers and lines, whatever the line ends, without a byte-order mark."""
+    """Yield line numbers and lines, whatever the line ends, without a byte-order mark."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     number = 0

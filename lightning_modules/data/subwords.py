@@ -24,7 +24,7 @@ def _library() -> Any:
 
 
 def learn(texts: Iterable[str], size: int) -> str:
-    """Learns the pieces of words that make texts short.
+    """Learn the pieces of words that make texts short.
 
     Args:
         texts: the training split.
@@ -50,7 +50,7 @@ def learn(texts: Iterable[str], size: int) -> str:
 
 
 def split(text: str, model: str) -> list[str]:
-    """Cuts a text into learnt pieces; a character never seen is a piece of its own.
+    """Cut a text into learnt pieces; a character never seen is a piece of its own.
 
     Args:
         text: any text; how wide its white space is makes no difference.
@@ -67,7 +67,7 @@ def split(text: str, model: str) -> list[str]:
 
 
 def join(pieces: Sequence[str]) -> str:
-    """Puts pieces together to words with single spaces between them."""
+    """Put pieces together to words with single spaces between them."""
     return "".join(pieces).replace(SPACE, " ").strip()
 
 

@@ -91,7 +91,7 @@ class TagSet(NamedTuple):
         scheme: str | None = None,
         encoding: str | None = None,
     ) -> TagSet:
-        """Collects the tags of the training split; arguments as the attributes."""
+        """Collect the tags of the training split; arguments as the attributes."""
         found: set[str] = set()
         for names in sentences:
             found.update(names if encoding is None else convert(names, encoding))
@@ -104,12 +104,12 @@ class TagSet(NamedTuple):
         return [] if self.scheme is None else list(dict.fromkeys(filter(None, kinds)))
 
     def encode(self, names: Sequence[str]) -> list[int]:
-        """Returns the numbers of the tags of a sentence, -100 for one that is not learnt."""
+        """Return the numbers of the tags of a sentence, -100 for one that is not learnt."""
         names = names if self.encoding is None else convert(names, self.encoding)
         return [self.tags.index(name, IGNORED) for name in names]
 
     def decode(self, numbers: Sequence[int]) -> list[str]:
-        """Returns the tags of a sentence, in `scheme`."""
+        """Return the tags of a sentence, in `scheme`."""
         names = self.tags.decode(numbers)
         return names if self.scheme in (None, self.encoding) else convert(names, str(self.scheme))
 
@@ -179,7 +179,7 @@ class TaggingCodec:
         max_characters: int = 32,
         others: Sequence[str] = (),
     ) -> TaggingCodec:
-        """Builds a codec from the training split.
+        """Build a codec from the training split.
 
         Args:
             sentences: the tagged sentences of the training split.
@@ -230,7 +230,7 @@ class TaggingCodec:
         return codec
 
     def _match(self, vectors: Vectors) -> Tensor:
-        """Gives each word its vector, or that of its lower case, or NaN."""
+        """Give each word its vector, or that of its lower case, or NaN."""
         rows = {word: row for row, word in enumerate(vectors.words)}
         found = [rows.get(word, rows.get(word.lower(), -1)) for word in self.words.symbols]
         matched = vectors.table[torch.tensor(found).clamp(min=0)]
@@ -238,7 +238,7 @@ class TaggingCodec:
         return matched
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data, for a checkpoint."""
+        """Return plain data, for a checkpoint."""
         data = {
             "words": self.words.to_list(),
             "characters": self.characters.to_list(),
@@ -256,7 +256,7 @@ class TaggingCodec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TaggingCodec:
-        """Restores a codec from what `to_dict` returned."""
+        """Restore a codec from what `to_dict` returned."""
         names = ("words", "characters", "tags")
         vocabularies = {name: Vocabulary(data[name], ()) for name in names}
         others = {name: Vocabulary(tags, ()) for name, tags in data.get("others", {}).items()}
@@ -268,21 +268,21 @@ class TaggingCodec:
         return self.tasks[0].labels
 
     def word(self, token: str) -> int:
-        """Returns the number of a word."""
+        """Return the number of a word."""
         for form in (_normalise(token, self.lowercase, self.digits), token, token.lower()):
             if form in self.words:
                 return self.words.index(form)
         return self.words.unk or 0
 
     def spelling(self, token: str) -> list[int]:
-        """Returns the numbers of the characters of a word, the middle of a long one left out."""
+        """Return the numbers of the characters of a word, the middle of a long one left out."""
         if len(token) > self.max_characters:
             head = self.max_characters // 2
             token = token[:head] + token[head - self.max_characters :]
         return self.characters.encode(token) or [self.characters.index("")]
 
     def encode(self, sentence: Sentence, training: bool = False) -> Row:
-        """Encodes a tagged sentence.
+        """Encode a tagged sentence.
 
         Args:
             sentence: tokens and tags.
@@ -301,13 +301,13 @@ class TaggingCodec:
         )
 
     def untagged(self, tokens: list[str]) -> Row:
-        """Encodes a sentence whose tags are to be found."""
+        """Encode a sentence whose tags are to be found."""
         ignored = [IGNORED] * len(tokens)
         words = [self.word(token) for token in tokens]
         return Row(words, tokens, ignored, None, (ignored,) * (len(self.tasks) - 1))
 
     def batch(self, rows: Sequence[Row]) -> TaggingBatch:
-        """Makes a batch of encoded sentences, each of at least one word."""
+        """Make a batch of encoded sentences, each of at least one word."""
         distinct: dict[str, int] = {}
         spellings = [
             [distinct.setdefault(token, len(distinct)) for token in row.tokens] for row in rows
@@ -487,7 +487,7 @@ class TaggingData(DataModule):
         return self.dataset == BUILTIN or self._places[split] is not None
 
     def sentences(self, split: str) -> list[Sentence]:
-        """Returns the sentences of a split as they were read.
+        """Return the sentences of a split as they were read.
 
         Args:
             split: `train`, `val` or `test`.
@@ -539,7 +539,7 @@ class TaggingData(DataModule):
         return self.codec.batch
 
     def describe(self) -> dict[str, Any]:
-        """Says in a few words what the data are, for a model card."""
+        """Say in a few words what the data are, for a model card."""
         places = {split: place for split, place in self._places.items() if place is not None}
         counts = {
             f"words of {split}": f"{sum(len(s.tokens) for s in sentences):,}"
@@ -565,7 +565,7 @@ class TaggingData(DataModule):
 
 
 def read_builtin(tag_column: str = "upos") -> dict[str, list[Sentence]]:
-    """Reads the installed Turkish treebanks, without importing their package, in their own split.
+    """Read the installed Turkish treebanks, without importing their package, in their own split.
 
     Args:
         tag_column: the column of the tags, as for `read_conllu`.
@@ -591,7 +591,7 @@ def read_table(
     columns: tuple[str, str],
     scheme: str | None = None,
 ) -> list[Sentence]:
-    """Reads rows that hold a list of tokens and a list of tags, from a file or the hub.
+    """Read rows that hold a list of tokens and a list of tags, from a file or the hub.
 
     Args:
         source: file or name, as for `load_rows`.
@@ -631,7 +631,7 @@ def read_table(
 
 
 def _together(columns: Sequence[list[Sentence]], place: str) -> list[Sentence]:
-    """Joins what was read with each column of tags: the first's tags, the others' as `others`."""
+    """Join what was read with each column of tags: the first's tags, the others' as `others`."""
     first = columns[0]
     if len(columns) == 1:
         return first
@@ -645,7 +645,7 @@ def _together(columns: Sequence[list[Sentence]], place: str) -> list[Sentence]:
 
 
 def coverage(codec: TaggingCodec, splits: Mapping[str, Sequence[Sentence]]) -> Iterator[str]:
-    """Says how much of each split has a pretrained vector, and what has none most often.
+    """Say how much of each split has a pretrained vector, and what has none most often.
 
     Args:
         codec: one with vectors.
@@ -669,7 +669,7 @@ def coverage(codec: TaggingCodec, splits: Mapping[str, Sequence[Sentence]]) -> I
 
 
 def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
-    """Returns the names of class labels in a column of lists, if that is what it holds."""
+    """Return the names of class labels in a column of lists, if that is what it holds."""
     feature: Any = rows.features
     for part in [name] if name in rows.features else name.split("."):
         feature = feature[part]
@@ -692,7 +692,7 @@ def _normalise(token: str, lowercase: bool, digits: bool) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def casing(token: str) -> int:
-    """Returns the place in `CASINGS` of how a word is written."""
+    """Return the place in `CASINGS` of how a word is written."""
     letters = [character for character in token if character.isalpha()]
     if any(character.isdigit() for character in token):
         return CASINGS.index("with digit" if letters else "numeric")

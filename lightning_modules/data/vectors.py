@@ -32,7 +32,7 @@ class Vectors(NamedTuple):
 
 
 def load_vectors(path: str | Path, limit: int | None = None) -> Vectors:
-    """Reads word vectors as `read_vectors` does, from a cache if the file has been read before.
+    """Read word vectors as `read_vectors` does, from a cache if the file has been read before.
 
     The cache is the folder `fusedrnn` in `$XDG_CACHE_HOME`, or in `~/.cache`. An entry belongs to a
     file's place, size and time of change, and is mapped into memory, so that only those vectors
@@ -72,7 +72,7 @@ def _entry(path: Path, limit: int | None) -> Path:
 
 
 def read_vectors(path: str | Path, limit: int | None = None) -> Vectors:
-    """Reads word vectors in the text format of GloVe, fastText (`.vec`) and word2vec, or in `.bin`.
+    """Read word vectors in the text format of GloVe, fastText (`.vec`) and word2vec, or in `.bin`.
 
     In text, a first line of two whole numbers (count and width) is a header. A word may hold
     spaces, as some do in GloVe. The first vector of a word counts. A file whose name ends in `.bin`
@@ -114,7 +114,7 @@ def read_vectors(path: str | Path, limit: int | None = None) -> Vectors:
 
 
 def _split(cells: list[str], width: int, place: str) -> tuple[str, list[float]]:
-    """Cuts a line into its word, which may hold spaces, and `width` numbers."""
+    """Cut a line into its word, which may hold spaces, and `width` numbers."""
     head = max(1, len(cells) - width)
     wide = head > 1 and _is_number(cells[head - 1])
     if width < 1 or len(cells) <= width or wide:
@@ -148,7 +148,7 @@ def _read_binary(path: Path, limit: int | None) -> Vectors:
 
 
 def _read_model(file: BinaryIO, path: Path, limit: int | None) -> Vectors:
-    """Reads what follows the magic number: version, arguments, dictionary, input matrix."""
+    """Read what follows the magic number: version, arguments, dictionary, input matrix."""
     (version,) = struct.unpack("<i", file.read(4))
     if version not in _VERSIONS:
         raise ValueError(f"{path}: expected version 11 or 12 of fastText's format, got {version}")
@@ -184,7 +184,7 @@ def _read_model(file: BinaryIO, path: Path, limit: int | None) -> Vectors:
 
 
 def _read_word(file: BinaryIO) -> str:
-    """Reads an entry of the dictionary: the word up to a zero byte, its count and its kind."""
+    """Read an entry of the dictionary: the word up to a zero byte, its count and its kind."""
     letters = bytearray()
     while (letter := file.read(1)) != b"\0":
         if not letter:

@@ -52,7 +52,7 @@ class Vocabulary:
         min_count: int = 1,
         specials: Sequence[str] = SPECIALS[:2],
     ) -> "Vocabulary":
-        """Builds a vocabulary from counts, the most frequent first, ties in alphabetical order.
+        """Build a vocabulary from counts, the most frequent first, ties in alphabetical order.
 
         Args:
             counts: how often each symbol occurs in the training split.
@@ -78,7 +78,7 @@ class Vocabulary:
         return f"Vocabulary({len(self)} symbols)"
 
     def index(self, symbol: str, default: int | None = None) -> int:
-        """Returns the number of a symbol of the text.
+        """Return the number of a symbol of the text.
 
         Args:
             symbol: any string.
@@ -94,16 +94,16 @@ class Vocabulary:
         return number
 
     def encode(self, symbols: Iterable[str]) -> list[int]:
-        """Returns the numbers of a sequence of symbols."""
+        """Return the numbers of a sequence of symbols."""
         if self.unk is None:
             return [self.index(symbol) for symbol in symbols]
         find, unknown = self._numbers.get, self.unk
         return [find(symbol, unknown) for symbol in symbols]
 
     def decode(self, numbers: Iterable[int]) -> list[str]:
-        """Returns the symbols of a sequence of numbers, special ones included."""
+        """Return the symbols of a sequence of numbers, special ones included."""
         return [self.symbols[number] for number in numbers]
 
     def to_list(self) -> list[str]:
-        """Returns all symbols in order, for a checkpoint."""
+        """Return all symbols in order, for a checkpoint."""
         return list(self.symbols)

@@ -162,7 +162,7 @@ def test_the_gradient_of_columns_is_not_differentiable():
     layer, zero = nn.LSTM(2, 3), [torch.zeros(1, 8, 3) for _ in range(2)]
     x = torch.randn(1, 8, 2, requires_grad=True)
     y, *_ = run(layer, x, torch.ones(8, dtype=torch.int64), zero)
-    with pytest.raises(RuntimeError, match="differentiable once.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
