@@ -143,7 +143,7 @@ def test_groups_cost_no_more_than_one(lengths, call):
 
 @pytest.mark.parametrize(
     ("hidden", "steps", "rows", "called"),
-    [(64, 3, 24, True), (65, 3, 24, False), (64, 3, 23, False)],
+    [(128, 3, 12, True), (129, 3, 12, False), (128, 3, 11, False)],
     ids=["narrow-and-short", "wide", "long"],
 )
 def test_many_short_rows_run_as_columns(monkeypatch, hidden, steps, rows, called):
