@@ -24,18 +24,19 @@ from .compile_facts import DEVICES, DTYPES, Row, _Driver, facts
 
 RESULT = Path(__file__).parent / "results" / "attention_facts.csv"
 VARIANTS = (
-    ("lstm", "features", "additive", True),
-    ("lstm", "context", "additive", False),
-    ("lstm", "features", "product", False),
-    ("gru", "features", "product", True),
-    ("gru", "context", "additive", True),
+    ("lstm", "features", "additive", True, 1),
+    ("lstm", "context", "additive", False, 1),
+    ("gru", "features", "product", True, 2),
+    ("lstm", "features", "product", False, 1),
+    ("gru", "context", "additive", True, 1),
+    ("lstm", "none", "additive", True, 3),
 )
-"""Cell, feedback, kind of score, coverage."""
+"""Cell, feedback, kind of score, coverage, layers."""
 
 
 def inputs(
-    cell: str, feedback: str, kind: str, coverage: bool, size: int, dtype: torch.dtype
-) -> launch.Inputs:
+    cell: str, feedback: str, kind: str, coverage: bool, layers: int, size: int, dtype: torch.dtype
+) -> tuple[launch.Inputs, launch.Kind]:
     """Tensors of a decoder whose sizes are all the same, with lengths and dropout."""
     steps, batch, source = 2, launch.ROWS, 7
 
@@ -44,9 +45,7 @@ def inputs(
 
     width = size if feedback == "none" else 2 * size
     additive = kind == "additive"
-    return launch.Inputs(
-        new(steps, batch, 4 * size),
-        new(4 * size, width),
+    tensors = launch.Inputs(
         new(batch, source, size),
         new(batch, source, size),
         new(size, size) if additive else None,
@@ -55,12 +54,14 @@ def inputs(
         new(size, 2 * size),
         new(steps, batch, size),
         torch.ones(batch, dtype=torch.int64),
-        cell == "lstm",
-        FEEDBACKS.index(feedback),
+        [new(steps, batch, 4 * size) for _ in range(layers)],
+        [new(4 * size, width if index == 0 else 2 * size) for index in range(layers)],
+        [new(steps, batch, size) for _ in range(layers - 1)],
     )
+    return tensors, launch.Kind(layers, cell == "lstm", FEEDBACKS.index(feedback))
 
 
-def compile_both(x: launch.Inputs) -> dict[str, Row]:
+def compile_both(x: launch.Inputs, kind: launch.Kind) -> dict[str, Row]:
     """Facts of both kernels for these inputs, from calls of their launchers."""
     found: list[Row] = []
     plan = SimpleNamespace(warps=launch.WARPS, slices=1)
@@ -69,14 +70,13 @@ def compile_both(x: launch.Inputs) -> dict[str, Row]:
         registers = {"maxnreg": launch.REGISTERS}
         found.append(facts(kernel, grid, plan, **registers, **arguments))  # type: ignore[arg-type]
 
-    state = x.gates.new_zeros(x.gates.shape[1], x.matrix.shape[0] // 4)
+    states = [x.keys.new_zeros(x.sizes["B"], size) for size in x.hidden]
+    c = states if kind.lstm else []
     real, launch.dispatch = launch.dispatch, dispatch
     try:
-        kept = launch.run_forward(x, state, state if x.lstm else None, None, None)
-        launch.run_backward(
-            x, kept, kept.features, kept.joined.float(), kept.weights, state,
-            state.float() if x.lstm else None,
-        )  # fmt: skip
+        kept = launch.run_forward(x, kind, launch.Start(None, None, states, c))
+        given = launch.Incoming(kept.features, kept.joined.float(), kept.weights, states, c)
+        launch.run_backward(x, kind, kept, given)
     finally:
         launch.dispatch = real
     return dict(zip(("forward", "backward"), found, strict=True))
@@ -102,8 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
         driver.set_active(_Driver(capability))
         dtype, precision = DTYPES[name]
         torch.backends.cuda.matmul.fp32_precision = precision
-        for what, row in compile_both(inputs(*variant, size, dtype)).items():
-            key = dict(zip(("cell", "feedback", "score", "coverage"), variant, strict=True))
+        for what, row in compile_both(*inputs(*variant, size, dtype)).items():
+            names = ("cell", "feedback", "score", "coverage", "layers")
+            key = dict(zip(names, variant, strict=True))
             where = {"triton": triton.__version__, "capability": capability, "dtype": name}
             del row["weights_reloaded"], row["cooperative"]
             rows.append({**where, **key, "pass": what, "size": size, **row})

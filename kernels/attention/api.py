@@ -47,7 +47,7 @@ def decode(
         masks: dropout; None: none.
         sampling: scheduled sampling; None: teacher forcing.
         backend: "torch" (one autograd function, the backward through time written out), "triton"
-            (the time loop as one kernel; one layer, no scheduled sampling), "reference" (plain
+            (the time loop as one kernel; no scheduled sampling), "reference" (plain
             steps, differentiable more than once), or "auto": triton on a GPU for what it has,
             torch for everything else. Results have x's dtype, or autocast's.
         counts: how many of the first rows mean something at each step, not growing; None: all. The
@@ -76,7 +76,7 @@ def decode(
         sampling = sampling._replace(
             embed=embed_inside, logits=logits_inside, mask=_cast(sampling.mask, inside)
         )
-    run = _implementation(backend, x, weights, sampling)
+    run = _implementation(backend, x, sampling)
     if counts is not None and run is torch_loop.decode:
         run = partial(run, counts=counts)
     with without_autocast(x):
@@ -88,11 +88,9 @@ def decode(
         return _cast(found, outside)
 
 
-def _implementation(
-    backend: str, x: Tensor, weights: DecoderWeights, sampling: Sampling | None
-) -> Callable[..., Decoded]:
+def _implementation(backend: str, x: Tensor, sampling: Sampling | None) -> Callable[..., Decoded]:
     chosen = choose_backend(backend, x)
-    if backend == "auto" and (len(weights.layers) > 1 or sampling is not None):
+    if backend == "auto" and sampling is not None:
         chosen = "torch"
     if chosen == "torch":
         return torch_loop.decode

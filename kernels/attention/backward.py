@@ -12,14 +12,16 @@ import triton
 import triton.language as tl
 
 from ..persistent.primitives import tanh
-from .tiles import covered, over_source, product, rows_of, source_tile, vector
+from .tiles import covered, over_source, product, rows_of, sight, source_tile, vector
 
 
 @triton.jit(do_not_specialize=("T", "B", "S"))
 def backward_kernel(
-    matrix, sources, combine, saved, given, grads, carried, mask, lengths, T, B, S, C: tl.constexpr
-):
+    matrices, sources, combine, saved, given, grads, carried, between, mask, lengths, T, B, S,
+    C: tl.constexpr,
+):  # fmt: skip
     """All steps of R rows, from the last; the grid is tiles of rows."""
+    LAYERS: tl.constexpr = C.LAYERS
     row = (tl.program_id(0) * C.R + tl.arange(0, C.R)).to(tl.int64)
     real = row < B
     length = tl.zeros([C.R], tl.int32) + S
@@ -35,10 +37,11 @@ def backward_kernel(
             tl.debug_barrier()
         if C.FEEDBACK != 2:
             attention_grad(sources, saved, given, grads, carried, now, source, C)
-        cell_grad(sources, saved, grads, carried, now, B, row, real, C)
-        tl.debug_barrier()
-        seen_grad(matrix, grads, carried, now, row, real, C)
-        tl.debug_barrier()
+        for layer in tl.static_range(LAYERS - 1, -1, -1):
+            cell_grad(sources, saved, grads, carried, between, now, row, real, layer, C)
+            tl.debug_barrier()
+            seen_grad(matrices, grads, carried, now, row, real, layer, C)
+            tl.debug_barrier()
         if C.FEEDBACK == 2:
             context_grad(grads, carried, now, row, real, C)
             tl.debug_barrier()
@@ -55,7 +58,7 @@ def features_grad(saved, given, grads, carried, mask, now, row, real, C: tl.cons
         n = start + tl.arange(0, C.NB)
         valid = real[:, None] & (n < C.F)[None, :]
         at = (now * C.F)[:, None] + n[None, :]
-        d = tl.load(carry + (row * C.W)[:, None] + n[None, :], mask=valid, other=0.0)
+        d = tl.load(sight(carry, row, 0, C)[:, None] + n[None, :], mask=valid, other=0.0)
         d += tl.load(d_features + at, mask=valid, other=0.0).to(tl.float32)
         if mask is not None:
             d = d * tl.load(mask + at, mask=valid, other=0.0).to(tl.float32)
@@ -67,11 +70,11 @@ def features_grad(saved, given, grads, carried, mask, now, row, real, C: tl.cons
 def joined_grad(combine, grads, now, real, C: tl.constexpr):
     """Add to the gradients of context and output those through the features."""
     d_features, d_joined = grads[1] + now * C.F, grads[2]
-    for start in range(0, C.K + C.H, C.NB):
+    for start in range(0, C.K + C.Q, C.NB):
         n = start + tl.arange(0, C.NB)
-        valid = n < C.K + C.H
-        acc = product(d_features, 1, real, combine, 1, C.K + C.H, n, valid, C.F, C)
-        at = d_joined + (now * (C.K + C.H))[:, None] + n[None, :]
+        valid = n < C.K + C.Q
+        acc = product(d_features, real, combine, 1, C.K + C.Q, n, valid, C.F, C)
+        at = d_joined + (now * (C.K + C.Q))[:, None] + n[None, :]
         mask = real[:, None] & valid[None, :]
         tl.store(at, acc + tl.load(at, mask=mask, other=0.0), mask=mask)
 
@@ -80,7 +83,7 @@ def joined_grad(combine, grads, now, real, C: tl.constexpr):
 def attention_grad(sources, saved, given, grads, carried, now, source, C: tl.constexpr):
     """Gradients of the scores, and of what they were multiplied with or added to, [R, A]."""
     keys, alpha, d_weights = sources[0], saved[2], given[1]
-    d_joined, d_score, seen_by = grads[2] + now * (C.K + C.H), grads[3], carried[2]
+    d_joined, d_score, seen_by = grads[2] + now * (C.K + C.Q), grads[3], carried[2]
     row, real, length, S = source
     total = tl.zeros([C.R], tl.float32)
     for start in range(0, S, C.SB):
@@ -114,9 +117,9 @@ def score_grad(sources, saved, grads, carried, now, source, C: tl.constexpr):
     """From the gradients of the scores to that of W_q q or q, and of the coverage."""
     _, projected, w_q, energy, w_c = sources
     coverage, d_score, d_query, seen_by = saved[3], grads[3], grads[4], carried[2]
-    asks = saved[0] + now * C.W + C.N
+    asks = sight(saved[0], now, C.LAYERS - 1, C) + C.FED[C.LAYERS - 1]
     if C.FEEDBACK != 2:
-        asks = saved[1] + now * (C.K + C.H) + C.K
+        asks = saved[1] + now * (C.K + C.Q) + C.K
     if w_q is not None:
         asks = saved[5] + now * C.A
     row, real, length, S = source
@@ -156,34 +159,47 @@ def asked(sources, grads, now, real, unit, valid, C: tl.constexpr):
     """Gradient [R, NB] of units of the state that asked, from that of the query."""
     w_q, d_query = sources[2], grads[4]
     if w_q is not None:
-        return product(d_query + now * C.A, 1, real, w_q, 1, C.H, unit, valid, C.A, C)
+        return product(d_query + now * C.A, real, w_q, 1, C.Q, unit, valid, C.A, C)
     else:
         at = d_query + (now * C.A)[:, None] + unit[None, :]
         return tl.load(at, mask=real[:, None] & valid[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def cell_grad(sources, saved, grads, carried, now, B, row, real, C: tl.constexpr):
-    """Gradients of the four blocks; dc of the step before, for the GRU what h gets directly."""
+def cell_grad(
+    sources, saved, grads, carried, between, now, row, real, L: tl.constexpr, C: tl.constexpr
+):
+    """Gradients of layer L's blocks; dc of the step before, for the GRU what h gets directly."""
     seen, cells, blocks = saved[0], saved[6], saved[7]
     out, d_joined, carry, dc_carry = grads[0], grads[2], carried[0], carried[1]
-    for start in range(0, C.H, C.NB):
+    H: tl.constexpr = C.HIDDEN[L]
+    N: tl.constexpr = C.FED[L]
+    for start in range(0, H, C.NB):
         unit = start + tl.arange(0, C.NB)
-        valid = unit < C.H
+        valid = unit < H
         mask = real[:, None] & valid[None, :]
-        dh = tl.load(carry + (row * C.W)[:, None] + C.N + unit[None, :], mask=mask, other=0.0)
-        own = d_joined + (now * (C.K + C.H))[:, None] + C.K + unit[None, :]
-        dh += tl.load(own, mask=mask, other=0.0)
-        if C.FEEDBACK != 2:
-            dh += asked(sources, grads, now, real, unit, valid, C)
-        z = blocks + (now * (4 * C.H))[:, None] + unit[None, :]
+        own = sight(carry, row, L, C) + N
+        dh = tl.load(own[:, None] + unit[None, :], mask=mask, other=0.0)
+        if L + 1 < C.LAYERS:
+            above = sight(carry, row, L + 1, C)
+            through = tl.load(above[:, None] + unit[None, :], mask=mask, other=0.0)
+            if len(between) > 0:
+                scale = between[L] + (now * H)[:, None] + unit[None, :]
+                through *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+            dh += through
+        else:
+            above = d_joined + now * (C.K + C.Q) + C.K
+            dh += tl.load(above[:, None] + unit[None, :], mask=mask, other=0.0)
+            if C.FEEDBACK != 2:
+                dh += asked(sources, grads, now, real, unit, valid, C)
+        z = blocks[L] + (now * (4 * H))[:, None] + unit[None, :]
         b0 = tl.load(z, mask=mask, other=0.0).to(tl.float32)
-        b1 = tl.load(z + C.H, mask=mask, other=0.0).to(tl.float32)
-        b2 = tl.load(z + 2 * C.H, mask=mask, other=0.0).to(tl.float32)
-        b3 = tl.load(z + 3 * C.H, mask=mask, other=0.0).to(tl.float32)
-        direct = dc_carry + (row * C.H)[:, None] + unit[None, :]
+        b1 = tl.load(z + H, mask=mask, other=0.0).to(tl.float32)
+        b2 = tl.load(z + 2 * H, mask=mask, other=0.0).to(tl.float32)
+        b3 = tl.load(z + 3 * H, mask=mask, other=0.0).to(tl.float32)
+        direct = dc_carry[L] + (row * H)[:, None] + unit[None, :]
         if C.LSTM:
-            old = tl.load(cells + (now * C.H)[:, None] + unit[None, :], mask=mask, other=0.0)
+            old = tl.load(cells[L] + (now * H)[:, None] + unit[None, :], mask=mask, other=0.0)
             squashed = tanh(b1 * old + b0 * b2)
             dc = tl.load(direct, mask=mask, other=0.0)
             dc += dh * b3 * (1.0 - squashed * squashed)
@@ -191,32 +207,33 @@ def cell_grad(sources, saved, grads, carried, now, B, row, real, C: tl.constexpr
             d2, d3 = dc * b0 * (1.0 - b2 * b2), dh * squashed * b3 * (1.0 - b3)
             tl.store(direct, dc * b1, mask=mask)
         else:
-            before = seen + (now * C.W)[:, None] + C.N + unit[None, :]
-            old = tl.load(before, mask=mask, other=0.0).to(tl.float32)
+            before = sight(seen, now, L, C) + N
+            old = tl.load(before[:, None] + unit[None, :], mask=mask, other=0.0).to(tl.float32)
             d2 = dh * (1.0 - b1) * (1.0 - b2 * b2)
             d0, d1 = d2 * b3 * b0 * (1.0 - b0), dh * (old - b2) * b1 * (1.0 - b1)
             d3 = d2 * b0
             tl.store(direct, dh * b1, mask=mask)
-        dz = out + (now * (4 * C.H))[:, None] + unit[None, :]
-        tl.store(dz, d0.to(out.dtype.element_ty), mask=mask)
-        tl.store(dz + C.H, d1.to(out.dtype.element_ty), mask=mask)
-        tl.store(dz + 2 * C.H, d2.to(out.dtype.element_ty), mask=mask)
-        tl.store(dz + 3 * C.H, d3.to(out.dtype.element_ty), mask=mask)
+        dz = out[L] + (now * (4 * H))[:, None] + unit[None, :]
+        blocks_grad = (d0, d1, d2, d3)
+        for g in tl.static_range(4):
+            tl.store(dz + g * H, blocks_grad[g].to(dz.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def seen_grad(matrix, grads, carried, now, row, real, C: tl.constexpr):
-    """Gradient of what the layer saw, [fed; h], for the step before."""
-    d_gates, carry, direct = grads[0] + now * (4 * C.H), carried[0], carried[1]
-    for start in range(0, C.W, C.NB):
+def seen_grad(matrices, grads, carried, now, row, real, L: tl.constexpr, C: tl.constexpr):
+    """Gradient of what layer L saw, [fed; h]: of h for the step before."""
+    H: tl.constexpr = C.HIDDEN[L]
+    N: tl.constexpr = C.FED[L]
+    d_gates, carry, direct = grads[0][L] + now * (4 * H), carried[0], carried[1][L]
+    for start in range(0, N + H, C.NB):
         n = start + tl.arange(0, C.NB)
-        valid = n < C.W
-        acc = product(d_gates, 1, real, matrix, 1, C.W, n, valid, 4 * C.H, C)
+        valid = n < N + H
+        acc = product(d_gates, real, matrices[L], 1, N + H, n, valid, 4 * H, C)
         mask = real[:, None] & valid[None, :]
         if not C.LSTM:
-            place = direct + (row * C.H)[:, None] + (n - C.N)[None, :]
-            acc += tl.load(place, mask=mask & (n >= C.N)[None, :], other=0.0)
-        tl.store(carry + (row * C.W)[:, None] + n[None, :], acc, mask=mask)
+            place = direct + (row * H)[:, None] + (n - N)[None, :]
+            acc += tl.load(place, mask=mask & (n >= N)[None, :], other=0.0)
+        tl.store(sight(carry, row, L, C)[:, None] + n[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -225,18 +242,19 @@ def context_grad(grads, carried, now, row, real, C: tl.constexpr):
     for start in range(0, C.K, C.NB):
         n = start + tl.arange(0, C.NB)
         mask = real[:, None] & (n < C.K)[None, :]
-        at = grads[2] + (now * (C.K + C.H))[:, None] + n[None, :]
-        fed = tl.load(carried[0] + (row * C.W)[:, None] + n[None, :], mask=mask, other=0.0)
+        at = grads[2] + (now * (C.K + C.Q))[:, None] + n[None, :]
+        fed = tl.load(sight(carried[0], row, 0, C)[:, None] + n[None, :], mask=mask, other=0.0)
         tl.store(at, fed + tl.load(at, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
 def query_grad(sources, grads, carried, now, row, real, C: tl.constexpr):
-    """Add to the gradient of h_{t-1} that of its having asked."""
-    for start in range(0, C.H, C.NB):
+    """Add to the gradient of the top layer's h_{t-1} that of its having asked."""
+    for start in range(0, C.Q, C.NB):
         unit = start + tl.arange(0, C.NB)
-        valid = unit < C.H
+        valid = unit < C.Q
         mask = real[:, None] & valid[None, :]
-        at = carried[0] + (row * C.W)[:, None] + C.N + unit[None, :]
+        at = sight(carried[0], row, C.LAYERS - 1, C) + C.FED[C.LAYERS - 1]
         d = asked(sources, grads, now, real, unit, valid, C)
-        tl.store(at, d + tl.load(at, mask=mask, other=0.0), mask=mask)
+        old = tl.load(at[:, None] + unit[None, :], mask=mask, other=0.0)
+        tl.store(at[:, None] + unit[None, :], d + old, mask=mask)

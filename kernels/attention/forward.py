@@ -1,10 +1,10 @@
 """The decoder's forward time loop as one Triton kernel: a program per tile of batch rows.
 
 States stay with their program for all steps: nothing is launched and nobody is waited for between
-them. What bounds it: every program streams all weights of the loop, 4H (N + H) + F (K + Q) numbers,
-from the L2 cache at every step through one multiprocessor's port, and only B / R multiprocessors
-work. Sharing a tile among several programs, as kernels/persistent does, would divide that by their
-number at the price of three or four barriers a step. No GPU has run it.
+them. What bounds it: every program streams all weights of the loop, 4H (N + H) of each layer and
+F (K + Q) numbers, from the L2 cache at every step through one multiprocessor's port, and only B / R
+multiprocessors work. Sharing a tile among several programs, as kernels/persistent does, would
+divide that by their number at the price of three or four barriers a step. No GPU has run it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import triton
 import triton.language as tl
 
 from ..persistent.primitives import sigmoid, tanh
-from .tiles import over_source, product, score, source_tile
+from .tiles import over_source, product, score, sight, source_tile
 
 
 @triton.jit(do_not_specialize=("T", "B", "S"))
 def forward_kernel(
-    gates, matrix, sources, combine, buffers, mask, lengths, T, B, S, C: tl.constexpr
+    gates, matrices, sources, combine, buffers, between, mask, lengths, T, B, S, C: tl.constexpr
 ):
     """All steps of R rows; the grid is tiles of rows."""
     seen, cells, joined, _, _, _, features = buffers
+    LAYERS: tl.constexpr = C.LAYERS
     row = (tl.program_id(0) * C.R + tl.arange(0, C.R)).to(tl.int64)
     real = row < B
     length = tl.zeros([C.R], tl.int32) + S
@@ -29,13 +30,14 @@ def forward_kernel(
         length = tl.load(lengths + row, mask=real, other=0).to(tl.int32)
     for t in range(0, T):
         now = t * B + row
-        h = seen + now * C.W + C.N
         if C.FEEDBACK == 2:
+            h = sight(seen, now, LAYERS - 1, C) + C.FED[LAYERS - 1]
             attend(sources, buffers, h, now, B, row, real, length, S, C)
-        cell(gates, matrix, seen, cells, joined, now, B, real, C)
-        tl.debug_barrier()
+        for layer in tl.static_range(LAYERS):
+            cell(gates, matrices, seen, cells, joined, between, now, B, real, layer, C)
+            tl.debug_barrier()
         if C.FEEDBACK != 2:
-            h = seen + (now + B) * C.W + C.N
+            h = sight(seen, now + B, LAYERS - 1, C) + C.FED[LAYERS - 1]
             attend(sources, buffers, h, now, B, row, real, length, S, C)
         if C.FEEDBACK == 1:
             combine_features(combine, joined, features, seen, mask, now, B, real, C)
@@ -43,39 +45,50 @@ def forward_kernel(
 
 
 @triton.jit
-def cell(gates, matrix, seen, cells, joined, now, B, real, C: tl.constexpr):
-    """Activate the blocks in place of their input part; store the new state twice, c once."""
-    before = seen + now * C.W
-    after = now + B
-    for start in range(0, C.H, C.NB):
+def cell(
+    gates, matrices, seen, cells, joined, between, now, B, real, L: tl.constexpr, C: tl.constexpr
+):
+    """Activate layer L's blocks in place of their input part; store its state where it is read."""
+    H: tl.constexpr = C.HIDDEN[L]
+    N: tl.constexpr = C.FED[L]
+    before = sight(seen, now, L, C)
+    for start in range(0, H, C.NB):
         unit = start + tl.arange(0, C.NB)
-        valid = unit < C.H
+        valid = unit < H
         mask = real[:, None] & valid[None, :]
-        at = gates + (now * (4 * C.H))[:, None] + unit[None, :]
+        at = gates[L] + (now * (4 * H))[:, None] + unit[None, :]
         blocks = ()
         for g in tl.static_range(4):
-            n = unit + g * C.H
-            acc = product(before, 1, real, matrix, C.W, 1, n, valid, C.W, C)
-            blocks = blocks + (acc + tl.load(at + g * C.H, mask=mask, other=0.0).to(tl.float32),)
+            n = unit + g * H
+            acc = product(before, real, matrices[L], N + H, 1, n, valid, N + H, C)
+            blocks = blocks + (acc + tl.load(at + g * H, mask=mask, other=0.0).to(tl.float32),)
         if C.LSTM:
             i, f = sigmoid(blocks[0]), sigmoid(blocks[1])
             g, o = tanh(blocks[2]), sigmoid(blocks[3])
-            place = (now * C.H)[:, None] + unit[None, :]
-            c = f * tl.load(cells + place, mask=mask, other=0.0) + i * g
-            tl.store(cells + (after * C.H)[:, None] + unit[None, :], c, mask=mask)
+            c = f * tl.load(cells[L] + (now * H)[:, None] + unit[None, :], mask=mask, other=0.0)
+            c += i * g
+            tl.store(cells[L] + ((now + B) * H)[:, None] + unit[None, :], c, mask=mask)
             h = o * tanh(c)
             blocks = (i, f, g, o)
         else:
             r, z = sigmoid(blocks[0]), sigmoid(blocks[1])
             n = tanh(blocks[2] + r * blocks[3])
-            old = before[:, None] + C.N + unit[None, :]
+            old = before[:, None] + N + unit[None, :]
             h = (1.0 - z) * n + z * tl.load(old, mask=mask, other=0.0).to(tl.float32)
             blocks = (r, z, n, blocks[3])
         for g in tl.static_range(4):
-            tl.store(at + g * C.H, blocks[g].to(gates.dtype.element_ty), mask=mask)
-        h = h.to(seen.dtype.element_ty)
-        tl.store(seen + (after * C.W)[:, None] + C.N + unit[None, :], h, mask=mask)
-        tl.store(joined + (now * (C.K + C.H))[:, None] + C.K + unit[None, :], h, mask=mask)
+            tl.store(at + g * H, blocks[g].to(at.dtype.element_ty), mask=mask)
+        h = h.to(joined.dtype.element_ty)
+        kept = sight(seen, now + B, L, C) + N
+        tl.store(kept[:, None] + unit[None, :], h, mask=mask)
+        reader = joined + now * (C.K + C.Q) + C.K
+        if L + 1 < C.LAYERS:
+            reader = sight(seen, now, L + 1, C)
+            if len(between) > 0:
+                scale = between[L] + (now * H)[:, None] + unit[None, :]
+                h = h.to(tl.float32) * tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+                h = h.to(joined.dtype.element_ty)
+        tl.store(reader[:, None] + unit[None, :], h, mask=mask)
 
 
 @triton.jit
@@ -87,7 +100,7 @@ def attend(sources, buffers, h, now, B, row, real, length, S, C: tl.constexpr):
     if w_q is not None:
         for start in range(0, C.A, C.NB):
             n = start + tl.arange(0, C.NB)
-            q = product(h, 1, real, w_q, C.H, 1, n, n < C.A, C.H, C)
+            q = product(h, real, w_q, C.Q, 1, n, n < C.A, C.Q, C)
             at = query + (now * C.A)[:, None] + n[None, :]
             tl.store(at, q.to(query.dtype.element_ty), mask=real[:, None] & (n < C.A)[None, :])
         tl.debug_barrier()
@@ -135,24 +148,25 @@ def attend(sources, buffers, h, now, B, row, real, length, S, C: tl.constexpr):
             )
         mask = real[:, None] & (k < C.K)[None, :]
         context = context.to(joined.dtype.element_ty)
-        tl.store(joined + (now * (C.K + C.H))[:, None] + k[None, :], context, mask=mask)
+        tl.store(joined + (now * (C.K + C.Q))[:, None] + k[None, :], context, mask=mask)
         if C.FEEDBACK == 2:
-            tl.store(seen + (now * C.W)[:, None] + k[None, :], context, mask=mask)
+            fed = sight(seen, now, 0, C)[:, None] + k[None, :]
+            tl.store(fed, context, mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
 def combine_features(combine, joined, features, seen, mask, now, B, real, C: tl.constexpr):
     """Store tanh(W [context; output]), and feed it, after dropout, to the next step."""
-    x = joined + now * (C.K + C.H)
+    x = joined + now * (C.K + C.Q)
     for start in range(0, C.F, C.NB):
         n = start + tl.arange(0, C.NB)
         valid = real[:, None] & (n < C.F)[None, :]
-        acc = product(x, 1, real, combine, C.K + C.H, 1, n, n < C.F, C.K + C.H, C)
+        acc = product(x, real, combine, C.K + C.Q, 1, n, n < C.F, C.K + C.Q, C)
         acc = tanh(acc)
         at = (now * C.F)[:, None] + n[None, :]
         tl.store(features + at, acc.to(features.dtype.element_ty), mask=valid)
         if mask is not None:
             acc = acc * tl.load(mask + at, mask=valid, other=0.0).to(tl.float32)
-        fed = seen + ((now + B) * C.W)[:, None] + n[None, :]
-        tl.store(fed, acc.to(seen.dtype.element_ty), mask=valid)
+        fed = sight(seen, now + B, 0, C)[:, None] + n[None, :]
+        tl.store(fed, acc.to(joined.dtype.element_ty), mask=valid)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,20 +28,21 @@ class Config:
     """The compile-time constants of both kernels, `tl.constexpr` each.
 
     Attributes:
-        H: hidden size. K: size of a key. A: of a projected key. F: of the features.
-        N: of what is fed. W: N + H.
+        HIDDEN: hidden size of each layer. FED: of what it sees beside its h. LAYERS: how many.
+        Q: hidden size of the top one. K: size of a key. A: of a projected key. F: of the features.
         LSTM: whether the cell is one, or a GRU. FEEDBACK: index in `FEEDBACKS`.
         R: batch rows. NB, KB: outputs and inputs of a tile of weights.
         SB, AB: source positions and elements of a tile of keys.
         PRECISION: of float32 products. UPCAST: whether operands are made float32 first.
     """
 
-    H: tl.constexpr
+    HIDDEN: tl.constexpr
+    FED: tl.constexpr
+    LAYERS: tl.constexpr
+    Q: tl.constexpr
     K: tl.constexpr
     A: tl.constexpr
     F: tl.constexpr
-    N: tl.constexpr
-    W: tl.constexpr
     LSTM: tl.constexpr
     FEEDBACK: tl.constexpr
     R: tl.constexpr
@@ -51,27 +54,46 @@ class Config:
     UPCAST: tl.constexpr
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What both passes read; shapes as in spec.py, one layer.
+class Kind(NamedTuple):
+    """What of a decoder no tensor shows.
 
     Attributes:
-        gates: input part of the four blocks [T, B, 4H].
-        matrix: [4H, N + H].
-        keys: [B, S, K].
-        projected: [B, S, A].
-        query: [A, H] or None.
-        energy: [A] or None.
-        coverage: [A] or None.
-        combine: [F, K + H].
-        mask: [T, B, F] or None.
-        lengths: int64 [B] or None.
-        lstm: whether the cell is one.
+        layers: how many.
+        lstm: whether the cell is one, or a GRU.
         feedback: index in `FEEDBACKS`.
     """
 
-    gates: Tensor
-    matrix: Tensor
+    layers: int
+    lstm: bool
+    feedback: int
+
+    @property
+    def fed(self) -> bool:
+        """Whether the features are fed back."""
+        return FEEDBACKS[self.feedback] == "features"
+
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both passes read; shapes as in spec.py. Lists hold one tensor per layer.
+
+    Attributes:
+        keys: [B, S, K].
+        projected: [B, S, A].
+        query: [A, Q] or None.
+        energy: [A] or None.
+        coverage: [A] or None.
+        combine: [F, K + Q].
+        mask: of the features [T, B, F] or None.
+        lengths: int64 [B] or None.
+        gates: of the four blocks [T, B, 4H] what does not depend on the steps before.
+        matrices: [4H, N + H], for what is fed (N) and h.
+        between: masks [T, B, H] of all layers but the top one, or empty.
+    """
+
     keys: Tensor
     projected: Tensor
     query: Tensor | None
@@ -80,8 +102,18 @@ class Inputs:
     combine: Tensor
     mask: Tensor | None
     lengths: Tensor | None
-    lstm: bool
-    feedback: int
+    gates: Tensors
+    matrices: Tensors
+    between: Tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Inputs:
+        """The inverse of `flat`."""
+        return cls(*_grouped(tensors, 8, layers, layers))
+
+    def flat(self) -> list[Tensor | None]:
+        """All tensors in order."""
+        return _flat(self)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
@@ -91,30 +123,81 @@ class Inputs:
     @property
     def sizes(self) -> dict[str, int]:
         """The run-time sizes of the kernels."""
-        steps, batch, _ = self.gates.shape
+        steps, batch, _ = self.gates[0].shape
         return {"T": steps, "B": batch, "S": self.keys.shape[1]}
 
-    def config(self) -> Config:
+    @property
+    def hidden(self) -> list[int]:
+        """Hidden size of each layer."""
+        return [matrix.shape[0] // 4 for matrix in self.matrices]
+
+    def config(self, kind: Kind) -> Config:
         """The constants for these tensors."""
-        size, width = self.matrix.shape[0] // 4, self.matrix.shape[1]
+        hidden = self.hidden
+        fed = [m.shape[1] - size for m, size in zip(self.matrices, hidden, strict=True)]
         values = {
-            "H": size,
+            "HIDDEN": tuple(hidden),
+            "FED": tuple(fed),
+            "LAYERS": kind.layers,
+            "Q": hidden[-1],
             "K": self.keys.shape[2],
             "A": self.projected.shape[2],
             "F": self.combine.shape[0],
-            "N": width - size,
-            "W": width,
-            "LSTM": self.lstm,
-            "FEEDBACK": self.feedback,
+            "LSTM": kind.lstm,
+            "FEEDBACK": kind.feedback,
             "R": ROWS,
             "NB": 32,
             "KB": 32,
             "SB": 8,
             "AB": 32,
-            "PRECISION": product_precision(self.gates),
+            "PRECISION": product_precision(self.keys),
             "UPCAST": interpreted(forward_kernel),
         }
         return Config(**{name: tl.constexpr(value) for name, value in values.items()})
+
+
+def _flat(value: Inputs | Start | Buffers | Gradients | Incoming) -> list[Any]:
+    """Tensors first, then those of the lists."""
+    found: list[Any] = []
+    for field in fields(value):
+        part = getattr(value, field.name)
+        found += part if isinstance(part, list) else [part]
+    return found
+
+
+def _grouped(tensors: Sequence[Tensor | None], single: int, *counts: int) -> Iterator[Any]:
+    """The first ones alone, then lists of so many, and one list of the rest."""
+    rest = iter(tensors)
+    yield from itertools.islice(rest, single)
+    for count in counts:
+        yield [*itertools.islice(rest, count)]
+    yield [*rest]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What there is before the first step.
+
+    Attributes:
+        feed: [B, F], with feedback "features", or None: zeros.
+        coverage: [B, S], with coverage, or None: zeros.
+        h: of each layer [B, H].
+        c: likewise, of an LSTM.
+    """
+
+    feed: Tensor | None
+    coverage: Tensor | None
+    h: Tensors
+    c: Tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Start:
+        """The inverse of `flat`."""
+        return cls(*_grouped(tensors, 2, layers))
+
+    def flat(self) -> list[Tensor | None]:
+        """All tensors in order."""
+        return _flat(self)
 
 
 @dataclass(frozen=True)
@@ -122,40 +205,49 @@ class Buffers:
     """What the forward pass leaves; T + 1 slots where a step reads the one before.
 
     Attributes:
-        seen: [T + 1, B, N + H].
-        joined: [T, B, K + H].
+        joined: [T, B, K + Q].
         weights: float32 [T, B, S].
         coverage: float32 [T + 1, B, S], or no slots.
         features: [T, B, F], or F = 0.
         query: [T, B, A], or A = 0.
-        cells: float32 [T + 1, B, H], or no slots.
-        gates: [T, B, 4H].
+        seen: of each layer [T + 1, B, N + H].
+        gates: likewise [T, B, 4H].
+        cells: float32, of each layer of an LSTM [T + 1, B, H], else empty.
     """
 
-    seen: Tensor
     joined: Tensor
     weights: Tensor
     coverage: Tensor
     features: Tensor
     query: Tensor
-    cells: Tensor
-    gates: Tensor
+    seen: Tensors
+    gates: Tensors
+    cells: Tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layers: int) -> Buffers:
+        """The inverse of `flat`."""
+        return cls(*_grouped(tensors, 5, layers, layers))
+
+    def flat(self) -> Tensors:
+        """All tensors in order."""
+        return _flat(self)
 
 
-def buffers(x: Inputs) -> Buffers:
+def buffers(x: Inputs, kind: Kind) -> Buffers:
     """Memory for a forward pass, not filled in."""
-    steps, batch, rows = x.gates.shape
-    new, source = x.gates.new_empty, x.keys.shape[1]
-    covers, fed = x.coverage is not None, FEEDBACKS[x.feedback] == "features"
+    steps, batch, _ = x.gates[0].shape
+    new, source = x.keys.new_empty, x.keys.shape[1]
+    wide: dict[str, Any] = {"dtype": torch.float32}
     return Buffers(
-        new(steps + 1, batch, x.matrix.shape[1]),
         new(steps, batch, x.combine.shape[1]),
-        new(steps, batch, source, dtype=torch.float32),
-        new(steps + 1 if covers else 0, batch, source, dtype=torch.float32),
-        new(steps, batch, x.combine.shape[0] if fed else 0),
+        new(steps, batch, source, **wide),
+        new(steps + 1 if x.coverage is not None else 0, batch, source, **wide),
+        new(steps, batch, x.combine.shape[0] if kind.fed else 0),
         new(steps, batch, 0 if x.query is None else x.query.shape[0]),
-        new(steps + 1 if x.lstm else 0, batch, rows // 4, dtype=torch.float32),
-        new(steps, batch, rows),
+        [new(steps + 1, batch, matrix.shape[1]) for matrix in x.matrices],
+        [new(steps, batch, matrix.shape[0]) for matrix in x.matrices],
+        [new(steps + 1, batch, size, **wide) for size in x.hidden if kind.lstm],
     )
 
 
@@ -164,42 +256,78 @@ class Gradients:
     """What the backward pass leaves.
 
     Attributes:
-        gates: [T, B, 4H].
         features: before tanh [T, B, F], or F = 0.
-        joined: float32 [T, B, K + H]; that of the contexts in full.
+        joined: float32 [T, B, K + Q]; that of the contexts in full.
         score: float32 [T, B, S].
         query: of W_q q, or of q, [T, B, A].
-        seen: float32 [B, N + H], of what the first step saw.
-        cells: float32 [B, H], of c_0; for the GRU of no meaning.
         coverage: float32 [B, S], of the first coverage.
+        gates: of each layer [T, B, 4H].
+        seen: float32, likewise [B, N + H], of what the first step saw.
+        cells: float32, likewise [B, H], of c_0; for the GRU of no meaning.
     """
 
-    gates: Tensor
     features: Tensor
     joined: Tensor
     score: Tensor
     query: Tensor
-    seen: Tensor
-    cells: Tensor
     coverage: Tensor
+    gates: Tensors
+    seen: Tensors
+    cells: Tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layers: int) -> Gradients:
+        """The inverse of `flat`."""
+        return cls(*_grouped(tensors, 5, layers, layers))
+
+    def flat(self) -> Tensors:
+        """All tensors in order."""
+        return _flat(self)
 
 
-def gradients(x: Inputs) -> Gradients:
+def gradients(x: Inputs, kind: Kind) -> Gradients:
     """Memory for a backward pass, not filled in."""
-    steps, batch, rows = x.gates.shape
-    new, source = x.gates.new_empty, x.keys.shape[1]
-    fed = FEEDBACKS[x.feedback] == "features"
+    steps, batch, _ = x.gates[0].shape
+    new, source = x.keys.new_empty, x.keys.shape[1]
     wide: dict[str, Any] = {"dtype": torch.float32}
     return Gradients(
-        new(steps, batch, rows),
-        new(steps, batch, x.combine.shape[0] if fed else 0),
+        new(steps, batch, x.combine.shape[0] if kind.fed else 0),
         new(steps, batch, x.combine.shape[1], **wide),
         new(steps, batch, source, **wide),
         new(steps, batch, x.projected.shape[2]),
-        new(batch, x.matrix.shape[1], **wide),
-        new(batch, rows // 4, **wide),
         new(batch, source if x.coverage is not None else 0, **wide),
+        [new(steps, batch, matrix.shape[0]) for matrix in x.matrices],
+        [new(batch, matrix.shape[1], **wide) for matrix in x.matrices],
+        [new(batch, size, **wide) for size in x.hidden],
     )
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Gradients of what `decode` returns.
+
+    Attributes:
+        features: before dropout [T, B, F], or F = 0.
+        joined: float32 [T, B, K + Q].
+        weights: [T, B, S], or None: zero.
+        h: of each layer's last [B, H].
+        c: likewise, of an LSTM.
+    """
+
+    features: Tensor
+    joined: Tensor
+    weights: Tensor | None
+    h: Tensors
+    c: Tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Incoming:
+        """The inverse of `flat`."""
+        return cls(*_grouped(tensors, 3, layers))
+
+    def flat(self) -> list[Tensor | None]:
+        """All tensors in order."""
+        return _flat(self)
 
 
 def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
@@ -207,74 +335,70 @@ def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
     kernel[grid](**arguments, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS)
 
 
-def run_forward(
-    x: Inputs, h: Tensor, c: Tensor | None, feed: Tensor | None, coverage: Tensor | None
-) -> Buffers:
-    """The forward kernel, from the states [B, H], the feed [B, F] and the coverage [B, S]."""
-    out = buffers(x)
-    size = h.shape[1]
-    out.gates.copy_(x.gates)
-    out.seen[0, :, -size:] = h
-    if FEEDBACKS[x.feedback] == "features":
-        out.seen[0, :, :-size] = 0 if feed is None else feed
-    if c is not None:
-        out.cells[0] = c
+def run_forward(x: Inputs, kind: Kind, start: Start) -> Buffers:
+    """The forward kernel."""
+    out = buffers(x, kind)
+    for given, gates in zip(x.gates, out.gates, strict=True):
+        gates.copy_(given)
+    for h, seen in zip(start.h, out.seen, strict=True):
+        seen[0, :, -h.shape[1] :] = h
+        seen[-1].zero_()  # what would be fed to a step more: results hold no unwritten memory
+    for c, cells in zip(start.c, out.cells, strict=True):
+        cells[0] = c
+    if kind.fed:
+        out.seen[0][0, :, : x.combine.shape[0]] = 0 if start.feed is None else start.feed
     if x.coverage is not None:
-        out.coverage[0] = 0 if coverage is None else coverage
+        out.coverage[0] = 0 if start.coverage is None else start.coverage
     dispatch(
         forward_kernel,
-        (triton.cdiv(x.gates.shape[1], ROWS),),
-        gates=out.gates,
-        matrix=x.matrix,
+        (triton.cdiv(x.sizes["B"], ROWS),),
+        gates=tuple(out.gates),
+        matrices=tuple(x.matrices),
         sources=x.sources,
         combine=x.combine,
         buffers=(
-            out.seen, out.cells, out.joined, out.weights, out.coverage, out.query, out.features,
+            tuple(out.seen), tuple(out.cells), out.joined, out.weights, out.coverage, out.query,
+            out.features,
         ),
+        between=tuple(x.between),
         mask=x.mask,
         lengths=x.lengths,
-        C=x.config(),
+        C=x.config(kind),
         **x.sizes,
     )  # fmt: skip
     return out
 
 
-def run_backward(
-    x: Inputs,
-    kept: Buffers,
-    d_features: Tensor,
-    d_joined: Tensor,
-    d_weights: Tensor | None,
-    dh: Tensor,
-    dc: Tensor | None,
-) -> Gradients:
-    """The backward kernel, from the gradients of what `decode` returns; d_joined is float32."""
-    out = gradients(x)
-    size = dh.shape[1]
-    out.joined.copy_(d_joined)
-    out.seen.zero_()
-    out.seen[:, -size:] = dh
+def run_backward(x: Inputs, kind: Kind, kept: Buffers, given: Incoming) -> Gradients:
+    """The backward kernel."""
+    out = gradients(x, kind)
+    out.joined.copy_(given.joined)
     out.coverage.zero_()
-    if dc is None:
-        out.cells.zero_()
-    else:
-        out.cells.copy_(dc)
+    for dh, seen in zip(given.h, out.seen, strict=True):
+        seen.zero_()
+        seen[:, -dh.shape[1] :] = dh
+    for index, cells in enumerate(out.cells):
+        if kind.lstm:
+            cells.copy_(given.c[index])
+        else:
+            cells.zero_()
     dispatch(
         backward_kernel,
-        (triton.cdiv(x.gates.shape[1], ROWS),),
-        matrix=x.matrix,
+        (triton.cdiv(x.sizes["B"], ROWS),),
+        matrices=tuple(x.matrices),
         sources=x.sources,
         combine=x.combine,
         saved=(
-            kept.seen, kept.joined, kept.weights, kept.coverage, kept.features, kept.query,
-            kept.cells, kept.gates,
+            tuple(kept.seen), kept.joined, kept.weights, kept.coverage, kept.features, kept.query,
+            tuple(kept.cells), tuple(kept.gates),
         ),
-        given=(d_features, d_weights),
-        grads=(out.gates, out.features, out.joined, out.score, out.query),
-        carried=(out.seen, out.cells, out.coverage),
+        given=(given.features, given.weights),
+        grads=(tuple(out.gates), out.features, out.joined, out.score, out.query),
+        carried=(tuple(out.seen), tuple(out.cells), out.coverage),
+        between=tuple(x.between),
         mask=x.mask,
         lengths=x.lengths,
-        C=x.config(),
+        C=x.config(kind),
         **x.sizes,
     )  # fmt: skip
     return out

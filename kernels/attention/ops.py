@@ -7,8 +7,7 @@ outside the time loop are plain torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,226 +18,165 @@ from ..persistent.launch import interpreted
 from ..torch_loop import product_grad
 from . import launch
 from .forward import forward_kernel
-from .launch import Buffers, Gradients, Inputs
+from .launch import Buffers, Gradients, Incoming, Inputs, Kind, Start
 from .sources import AdditiveGrads, AdditiveScore, Asked, chunks, hide_padding, source_grads
 from .spec import FEEDBACKS, Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
 
 
-def _tensors(value: Buffers | Gradients) -> list[Tensor]:
-    return [getattr(value, field.name) for field in fields(value)]
-
-
 @torch.library.custom_op("fusedrnn::attention_decoder", mutates_args=())
 def decoder_op(
-    gates: Tensor,
-    matrix: Tensor,
-    keys: Tensor,
-    projected: Tensor,
-    query: Tensor | None,
-    energy: Tensor | None,
-    coverage_weight: Tensor | None,
-    combine: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
+    inputs: list[Tensor | None],
+    start: list[Tensor | None],
+    layers: int,
     lstm: bool,
     feedback: int,
-    h: Tensor,
-    c: Tensor | None,
-    feed: Tensor | None,
-    coverage: Tensor | None,
 ) -> list[Tensor]:
-    """The forward loop: the tensors of `Buffers`, in order."""
-    x = Inputs(
-        gates, matrix, keys, projected, query, energy, coverage_weight, combine, mask, lengths,
-        lstm, feedback,
-    )  # fmt: skip
-    return _tensors(launch.run_forward(x, h, c, feed, coverage))
+    """The forward loop: from the tensors of `Inputs` and `Start`, in order, those of `Buffers`."""
+    kind = Kind(layers, lstm, feedback)
+    x, first = Inputs.of(inputs, layers), Start.of(start, layers)
+    return launch.run_forward(x, kind, first).flat()
 
 
 @decoder_op.register_fake
 def _(
-    gates: Tensor,
-    matrix: Tensor,
-    keys: Tensor,
-    projected: Tensor,
-    query: Tensor | None,
-    energy: Tensor | None,
-    coverage_weight: Tensor | None,
-    combine: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
+    inputs: list[Tensor | None],
+    start: list[Tensor | None],
+    layers: int,
     lstm: bool,
     feedback: int,
-    h: Tensor,
-    c: Tensor | None,
-    feed: Tensor | None,
-    coverage: Tensor | None,
 ) -> list[Tensor]:
-    x = Inputs(
-        gates, matrix, keys, projected, query, energy, coverage_weight, combine, mask, lengths,
-        lstm, feedback,
-    )  # fmt: skip
-    return _tensors(launch.buffers(x))
+    return launch.buffers(Inputs.of(inputs, layers), Kind(layers, lstm, feedback)).flat()
 
 
 @torch.library.custom_op("fusedrnn::attention_decoder_backward", mutates_args=())
 def backward_op(
-    gates: Tensor,
-    matrix: Tensor,
-    keys: Tensor,
-    projected: Tensor,
-    query: Tensor | None,
-    energy: Tensor | None,
-    coverage_weight: Tensor | None,
-    combine: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
+    given: list[Tensor | None],
+    layers: int,
     lstm: bool,
     feedback: int,
-    kept: list[Tensor],
-    d_features: Tensor,
-    d_joined: Tensor,
-    d_weights: Tensor | None,
-    dh: Tensor,
-    dc: Tensor | None,
 ) -> list[Tensor]:
-    """The backward loop: the tensors of `Gradients`, in order; `kept` are those of `Buffers`."""
-    x = Inputs(
-        gates, matrix, keys, projected, query, energy, coverage_weight, combine, mask, lengths,
-        lstm, feedback,
-    )  # fmt: skip
-    return _tensors(launch.run_backward(x, Buffers(*kept), d_features, d_joined, d_weights, dh, dc))
+    """The backward loop: `kept` are the tensors of `Buffers`, `given` of `Incoming`, in order.
+
+    Returns:
+        Those of `Gradients`.
+    """
+    x, kind = Inputs.of(inputs, layers), Kind(layers, lstm, feedback)
+    saved, incoming = Buffers.of(kept, layers), Incoming.of(given, layers)
+    return launch.run_backward(x, kind, saved, incoming).flat()
 
 
 @backward_op.register_fake
 def _(
-    gates: Tensor,
-    matrix: Tensor,
-    keys: Tensor,
-    projected: Tensor,
-    query: Tensor | None,
-    energy: Tensor | None,
-    coverage_weight: Tensor | None,
-    combine: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
+    given: list[Tensor | None],
+    layers: int,
     lstm: bool,
     feedback: int,
-    kept: list[Tensor],
-    d_features: Tensor,
-    d_joined: Tensor,
-    d_weights: Tensor | None,
-    dh: Tensor,
-    dc: Tensor | None,
 ) -> list[Tensor]:
-    x = Inputs(
-        gates, matrix, keys, projected, query, energy, coverage_weight, combine, mask, lengths,
-        lstm, feedback,
-    )  # fmt: skip
-    return _tensors(launch.gradients(x))
+    return launch.gradients(Inputs.of(inputs, layers), Kind(layers, lstm, feedback)).flat()
 
 
 class Decoder(torch.autograd.Function):
-    """The forward and the backward operator, and the products around the latter."""
+    """Attaches the backward operator, and the products around it, to a forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        lstm: bool,
-        feedback: int,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        gates: Tensor,
-        matrix: Tensor,
-        keys: Tensor,
-        projected: Tensor,
-        query: Tensor | None,
-        energy: Tensor | None,
-        coverage_weight: Tensor | None,
-        combine: Tensor,
-        h: Tensor,
-        c: Tensor | None,
-        feed: Tensor | None,
-        coverage: Tensor | None,
+        ctx: Any, layers: int, lstm: bool, feedback: int, counts: tuple[int, int], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        """Features before dropout, context and output joined, weights, h_n and c_n."""
-        inputs = (
-            gates, matrix, keys, projected, query, energy, coverage_weight, combine, mask, lengths,
-        )  # fmt: skip
-        kept = decoder_op(*inputs, lstm, feedback, h, c, feed, coverage)
-        out = Buffers(*kept)
-        ctx.save_for_backward(*inputs, *kept)
-        ctx.lstm, ctx.feedback = lstm, feedback
-        ctx.given = (feed is not None, coverage is not None)
+        """Features before dropout, context and output joined, weights, then h_n and c_n.
+
+        Args:
+            ctx: of autograd.
+            layers: as in `Kind`, like the next two.
+            lstm: likewise.
+            feedback: likewise.
+            counts: of the tensors of `Inputs` and `Start`.
+            tensors: those, and of `Buffers`, in order.
+        """
+        kind, (first, second) = Kind(layers, lstm, feedback), counts
+        x, start = Inputs.of(tensors[:first], layers), tensors[first : first + second]
+        kept = tensors[first + second :]
+        out = Buffers.of(kept, layers)
+        ctx.save_for_backward(*tensors[:first], *kept)
+        ctx.kind, ctx.counts = kind, counts
+        ctx.given = [value is not None for value in start[:2]]
         ctx.set_materialize_grads(False)
-        final = out.seen[-1, :, -h.shape[1] :].clone()
-        c_n = out.cells[-1].to(h.dtype) if lstm else h.new_empty(0)
-        weights = out.weights.to(h.dtype)
-        features = out.features if mask is None or not out.features.numel() else out.features * mask
-        return features.clone(), out.joined.clone(), weights.clone(), final, c_n
+        features = out.features if x.mask is None or not kind.fed else out.features * x.mask
+        dtype = x.keys.dtype
+        final = [seen[-1, :, -size:].clone() for seen, size in zip(out.seen, x.hidden, strict=True)]
+        final += [cells[-1].to(dtype) for cells in out.cells]
+        return features.clone(), out.joined.clone(), out.weights.to(dtype, copy=True), *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of all tensors but mask and lengths."""
+        """Gradients of all tensors of `Inputs` and `Start` but masks and lengths."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the backward of backend='triton' is not differentiable: use "
                 "backend='reference' for gradients of gradients (create_graph=True)"
             )
-        inputs, kept = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-        gates, matrix, keys, projected, _, energy, weight, *_ = inputs
-        d_features, d_joined, d_weights, dh, dc = grads
-        saved, size, dtype = Buffers(*kept), matrix.shape[0] // 4, gates.dtype
-        back = Gradients(
-            *backward_op(
-                *inputs, ctx.lstm, ctx.feedback, list(kept),
-                torch.zeros_like(saved.features) if d_features is None else _dense(d_features),
-                torch.zeros_like(saved.joined, dtype=torch.float32)
-                if d_joined is None else d_joined.float().contiguous(),
-                _dense(d_weights),
-                torch.zeros_like(saved.seen[0, :, -size:]) if dh is None else dh,
-                (saved.cells.new_zeros(saved.cells[0].shape) if dc is None else dc)
-                if ctx.lstm else None,
-            )
-        )  # fmt: skip
-        queries = saved.seen[:-1, :, -size:]
-        if FEEDBACKS[ctx.feedback] != "context":
+        kind, (first, _) = ctx.kind, ctx.counts
+        inputs, kept = ctx.saved_tensors[:first], ctx.saved_tensors[first:]
+        x, saved = Inputs.of(inputs, kind.layers), Buffers.of(kept, kind.layers)
+        incoming = _incoming(saved, x.hidden, grads)
+        back = Gradients.of(backward_op([*inputs], [*kept], incoming.flat(), *kind), kind.layers)
+        size, dtype = x.hidden[-1], x.keys.dtype
+        queries = saved.seen[-1][:-1, :, -size:]
+        if FEEDBACKS[kind.feedback] != "context":
             queries = saved.joined[..., -size:]
-        seen = saved.coverage[:-1] if weight is not None else None
+        seen = saved.coverage[:-1] if x.coverage is not None else None
         d_sources = source_grads(
             Asked(queries, saved.weights.to(dtype), seen),
-            back.joined[..., : keys.shape[2]].to(dtype),
+            back.joined[..., : x.keys.shape[2]].to(dtype),
             back.score.to(dtype),
             back.query,
-            _additive(saved, back.score, projected, energy, weight),
+            _additive(saved, back.score, x),
         )
-        d_combine = None
-        if ctx.feedback == FEEDBACKS.index("features"):
-            d_combine = product_grad(back.features, saved.joined)
-        d_feed = back.seen[:, :-size].to(dtype) if ctx.given[0] else None
+        d_combine = product_grad(back.features, saved.joined) if kind.fed else None
+        d_feed = back.seen[0][:, : x.combine.shape[0]].to(dtype) if ctx.given[0] else None
+        pairs = zip(back.seen, x.hidden, strict=True)
         return (
             *(None,) * 4,
-            back.gates,
-            product_grad(back.gates, saved.seen[:-1]),
             *(None if d is None else d.to(dtype) for d in d_sources),
             d_combine,
-            back.seen[:, -size:].to(dtype),
-            back.cells.to(dtype) if ctx.lstm else None,
+            None,
+            None,
+            *back.gates,
+            *map(product_grad, back.gates, (memory[:-1] for memory in saved.seen)),
+            *(None for _ in x.between),
             d_feed,
             back.coverage.to(dtype) if ctx.given[1] else None,
+            *(d[:, -size:].to(dtype) for d, size in pairs),
+            *(d.to(dtype) for d in back.cells if kind.lstm),
+            *(None for _ in kept),
         )
 
 
-def _dense(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
+def _incoming(saved: Buffers, hidden: list[int], grads: Sequence[Tensor | None]) -> Incoming:
+    """The gradients of what `Decoder` returns, zeros where there are none."""
+    features, joined, weights, *final = grads
+    states = [seen[0, :, -size:] for seen, size in zip(saved.seen, hidden, strict=True)]
+    states += [cells[0] for cells in saved.cells]
+    final = [torch.zeros_like(s) if d is None else d for s, d in zip(states, final, strict=True)]
+    return Incoming(
+        torch.zeros_like(saved.features) if features is None else features.contiguous(),
+        torch.zeros_like(saved.joined, dtype=torch.float32)
+        if joined is None
+        else joined.float().contiguous(),
+        None if weights is None else weights.contiguous(),
+        cast(list[Tensor], final[: len(hidden)]),
+        cast(list[Tensor], final[len(hidden) :]),
+    )
 
 
-def _additive(
-    saved: Buffers, score: Tensor, projected: Tensor, energy: Tensor | None, weight: Tensor | None
-) -> AdditiveGrads | None:
+def _additive(saved: Buffers, score: Tensor, x: Inputs) -> AdditiveGrads | None:
     """What an additive score alone has, in float32."""
-    if energy is None:
+    if x.energy is None:
         return None
+    projected, energy, weight = x.projected, x.energy, x.coverage
     wide = None if weight is None else weight.float()
     additive = AdditiveScore(projected.float(), energy.float(), wide)
     grads = AdditiveGrads(additive)
@@ -284,47 +222,57 @@ def decode(
     masks: Masks | None = None,
     sampling: Sampling | None = None,
 ) -> Decoded:
-    """A whole decoding of one layer; arguments and results are those of `reference.decode`.
+    """A whole decoding; arguments and results are those of `reference.decode`.
 
     Raises:
-        ValueError: several layers, scheduled sampling, another dtype, or a device that the kernels
+        ValueError: scheduled sampling, another dtype, or a device that the kernels
             cannot run on.
     """
-    _check(x, weights, sampling)
+    _check(x, sampling)
     masks = Masks() if masks is None else masks
     keys, projected, _ = hide_padding(keys, projected, lengths)
-    matrix, bias = pack(problem.cell, weights.layers[0])
-    lowest, below = matrix.split((x.shape[2], matrix.shape[1] - x.shape[2]), 1)
-    h, *c = states[0]
-    fed = problem.feedback == "features"
-    features, joined, alpha, h_n, c_n = Decoder.apply(
-        problem.cell == "lstm",
-        FEEDBACKS.index(problem.feedback),
-        masks.features if fed else None,
-        lengths,
-        F.linear(x, lowest, bias).contiguous(),
-        below.contiguous(),
+    packed = [pack(problem.cell, layer) for layer in weights.layers]
+    lowest, first = packed[0][0].split((x.shape[2], packed[0][0].shape[1] - x.shape[2]), 1)
+    gates = [F.linear(x, lowest, packed[0][1])]
+    gates += [bias.expand(*x.shape[:2], -1) for _, bias in packed[1:]]
+    kind = Kind(len(packed), problem.cell == "lstm", FEEDBACKS.index(problem.feedback))
+    query, energy, covers = (None if w is None else w.contiguous() for w in weights[2:])
+    inputs = Inputs(
         keys.contiguous(),
         projected.contiguous(),
-        *(None if w is None else w.contiguous() for w in weights[2:]),
+        query,
+        energy,
+        covers,
         weights.combine.contiguous(),
-        h,
-        c[0] if c else None,
-        feed if fed else None,
+        masks.features.contiguous() if kind.fed and masks.features is not None else None,
+        lengths,
+        gates,
+        [first.contiguous(), *(matrix for matrix, _ in packed[1:])],
+        [mask.contiguous() for mask in masks.between],
+    ).flat()
+    start = Start(
+        feed if kind.fed else None,
         coverage,
+        [state[0] for state in states],
+        [state[1] for state in states if kind.lstm],
+    ).flat()
+    with torch.no_grad():
+        kept = decoder_op(inputs, start, *kind)
+    features, joined, alpha, *final = Decoder.apply(
+        *kind, (len(inputs), len(start)), *inputs, *start, *kept
     )
-    if not fed:
+    if not kind.fed:
         features = torch.tanh(F.linear(joined, weights.combine))
         features = features if masks.features is None else features * masks.features
-    context, outputs = joined.split((keys.shape[2], h.shape[1]), -1)
-    return Decoded(features, outputs, context, alpha, [(h_n, c_n) if c else (h_n,)])
+    context, outputs = joined.split((keys.shape[2], weights.layers[-1].w_hh.shape[1]), -1)
+    after = [tuple(final[layer :: kind.layers]) for layer in range(kind.layers)]
+    return Decoded(features, outputs, context, alpha, after)
 
 
-def _check(x: Tensor, weights: DecoderWeights, sampling: Sampling | None) -> None:
-    if len(weights.layers) > 1 or sampling is not None:
-        what = "several layers" if sampling is None else "scheduled sampling"
+def _check(x: Tensor, sampling: Sampling | None) -> None:
+    if sampling is not None:
         raise ValueError(
-            f"backend='triton' decodes one layer by teacher forcing: {what} need backend='torch'"
+            "backend='triton' decodes by teacher forcing: scheduled sampling needs backend='torch'"
         )
     if x.dtype not in DTYPES:
         raise ValueError(

@@ -12,12 +12,11 @@ from ..persistent.primitives import dot, tanh
 
 
 @triton.jit
-def product(x, pitch, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr, C: tl.constexpr):
+def product(x, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr, C: tl.constexpr):
     """Sum over k < SIZE of x[row, k] w[n, k], [R, NB] in float32; weights come from the L2 cache.
 
     Args:
         x: pointers to the rows' first elements, [R].
-        pitch: unused stride of rows is in `x`; distance of neighbours in k.
         real: bool [R].
         w: pointer to the weights.
         n_stride: distance of neighbouring n in w.
@@ -30,9 +29,7 @@ def product(x, pitch, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr,
     acc = tl.zeros([C.R, C.NB], tl.float32)
     for start in range(0, SIZE, C.KB):
         k = start + tl.arange(0, C.KB)
-        a = tl.load(
-            x[:, None] + k[None, :] * pitch, mask=real[:, None] & (k < SIZE)[None, :], other=0.0
-        )
+        a = tl.load(x[:, None] + k[None, :], mask=real[:, None] & (k < SIZE)[None, :], other=0.0)
         b = tl.load(
             w + n[None, :] * n_stride + k[:, None] * k_stride,
             mask=valid[None, :] & (k < SIZE)[:, None],
@@ -40,6 +37,12 @@ def product(x, pitch, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr,
         )
         acc = dot(a.to(w.dtype.element_ty), b, acc, C)
     return acc
+
+
+@triton.jit
+def sight(seen, now, L: tl.constexpr, C: tl.constexpr):
+    """Pointers [R] to what layer L sees at the step `now`: first what it is fed, then its h."""
+    return seen[L] + now * (C.FED[L] + C.HIDDEN[L])
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 RUNS = {
-    "sm_90": "--capabilities 90 --dtypes bf16 --variants 2",
+    "sm_90": "--capabilities 90 --dtypes bf16 --variants 3",
     "others": "--capabilities 80 100 --dtypes bf16 --variants 1",
 }
 
@@ -33,6 +33,7 @@ def test_every_capability_and_both_passes_are_there(rows):
     assert {row["capability"] for row in rows} == {"80", "90", "100"}
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     assert {row["feedback"] for row in rows} == {"features", "context"}
+    assert {row["layers"] for row in rows} == {"1", "2"}
 
 
 def test_nothing_spills(rows):

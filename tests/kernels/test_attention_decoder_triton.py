@@ -34,6 +34,23 @@ def test_agrees_with_float64(cell, feedback, kind, coverage, dtype):
     assert_accurate(ops.decode, case.to(dtype, DEVICE))
 
 
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+def test_layers_of_unequal_sizes(cell, feedback, kind):
+    hidden = (3, 6, 5) if kind == "product" else (6, 4)
+    case = random_case(
+        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=0.3, steps=2,
+        hidden=hidden,
+    )  # fmt: skip
+    assert_accurate(ops.decode, case.to(torch.float32, DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_layers_in_half_precision(cell, dtype):
+    case = random_case(cell, "features", "product", lengths=LENGTHS, dropout=0.3, hidden=(4, 5))
+    assert_accurate(ops.decode, case.to(dtype, DEVICE))
+
+
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_bfloat16_through_upcast_products(feedback):
     case = random_case("lstm", feedback, "additive", coverage=True, lengths=LENGTHS, steps=2)
@@ -43,6 +60,7 @@ def test_bfloat16_through_upcast_products(feedback):
 @pytest.mark.parametrize(
     "shape",
     [
+        pytest.param({"hidden": (33, 2, 35), "batch": 17}, id="tiles-of-layers"),
         pytest.param({"steps": 1, "batch": 1, "source": 1}, id="ones"),
         pytest.param({"batch": 18}, id="two-tiles-of-rows"),
         pytest.param({"source": 11}, id="two-tiles-of-keys"),
@@ -61,7 +79,9 @@ def test_shapes(cell, feedback, kind, shape):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_without_biases_or_anything_to_start_from(cell):
-    case = random_case(cell, "features", "product", coverage=True, bias=False, start=False)
+    case = random_case(
+        cell, "features", "product", coverage=True, bias=False, start=False, hidden=(4, 5)
+    )
     assert_accurate(ops.decode, case.to(torch.float32, DEVICE))
 
 
@@ -75,10 +95,13 @@ def test_without_biases_or_anything_to_start_from(cell):
         ("context", "weights"),
         ("none", "h_n_0"),
         ("features", "c_n_0"),
+        ("context", "h_n_1"),
+        ("features", "c_n_1"),
     ],
 )
 def test_gradient_of_one_result(feedback, only):
-    case = random_case("lstm", feedback, "product", coverage=True, steps=2)
+    hidden = (4, 5) if only.endswith("1") else (5,)
+    case = random_case("lstm", feedback, "product", coverage=True, steps=2, hidden=hidden)
     case = case.to(torch.float32, DEVICE)
     exact = outputs_and_gradients(reference.decode, case.to(torch.float64, DEVICE), (only,))
     actual = outputs_and_gradients(ops.decode, case, (only,))
@@ -94,9 +117,14 @@ def test_gradient_of_one_result(feedback, only):
         pytest.param("gru", "none", "product", id="gru-none-product"),
     ],
 )
-def test_neither_padding_nor_unwritten_memory_is_looked_at(cell, feedback, kind, monkeypatch):
+@pytest.mark.parametrize("hidden", [(5,), (3, 5)], ids=["one-layer", "two-layers"])
+def test_neither_padding_nor_unwritten_memory_is_looked_at(
+    cell, feedback, kind, hidden, monkeypatch
+):
     """Both are NaN here."""
-    case = random_case(cell, feedback, kind, coverage=True, lengths=LENGTHS, dropout=0.3)
+    case = random_case(
+        cell, feedback, kind, coverage=True, lengths=LENGTHS, dropout=0.3, hidden=hidden
+    )
     case = case.to(torch.float32, DEVICE)
     padding = (torch.arange(4, device=DEVICE) >= case.lengths[:, None])[..., None]
     expected = outputs_and_gradients(ops.decode, case)
@@ -116,8 +144,13 @@ def arguments_of(case):
     found = []
     real = ops.decoder_op
 
+    def copied(argument):
+        if isinstance(argument, list):
+            return [copied(a) for a in argument]
+        return argument.detach().clone() if isinstance(argument, torch.Tensor) else argument
+
     def keep(*arguments):
-        found.extend(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+        found.extend(map(copied, arguments))
         return real(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -128,21 +161,24 @@ def arguments_of(case):
 
 @cpu
 @pytest.mark.parametrize(
-    ("cell", "feedback", "kind"),
-    [("lstm", "features", "additive"), ("gru", "none", "product")],
-    ids=["lstm-features-additive", "gru-none-product"],
+    ("cell", "feedback", "kind", "hidden"),
+    [("lstm", "features", "additive", (3, 5)), ("gru", "none", "product", (5,))],
+    ids=["lstm-features-additive-two-layers", "gru-none-product"],
 )
-def test_operators(cell, feedback, kind):
+def test_operators(cell, feedback, kind, hidden):
     case = random_case(
-        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=0.3, steps=1
+        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=0.3, steps=1,
+        hidden=hidden,
+    )  # fmt: skip
+    inputs, start, *rest = arguments_of(case.to(torch.float32))
+    torch.library.opcheck(ops.decoder_op, (inputs, start, *rest))
+    kept = ops.decoder_op(inputs, start, *rest)
+    out = launch.Buffers.of(kept, len(hidden))
+    states = launch.Start.of(start, len(hidden))
+    grads = launch.Incoming(
+        *map(torch.randn_like, (out.features, out.joined, out.weights)), states.h, states.c
     )
-    arguments = arguments_of(case.to(torch.float32))
-    torch.library.opcheck(ops.decoder_op, tuple(arguments))
-    kept = ops.decoder_op(*arguments)
-    h, c = arguments[12:14]
-    d_joined, d_weights = torch.randn_like(kept[1]), torch.randn_like(kept[2])
-    grads = (kept, torch.randn_like(kept[4]), d_joined, d_weights, h, c)
-    torch.library.opcheck(ops.backward_op, (*arguments[:12], *grads))
+    torch.library.opcheck(ops.backward_op, (inputs, kept, grads.flat(), *rest))
 
 
 @cpu
@@ -151,11 +187,15 @@ def test_compiles_whole():
         problem, _, *rest = case.arguments()
         return ops.decode(problem, x, *rest).features
 
-    case = random_case("lstm", "features", "additive", coverage=True, steps=2, dtype=torch.float32)
+    case = random_case(
+        "lstm", "features", "additive", coverage=True, steps=2, hidden=(4, 5), dropout=0.3,
+        dtype=torch.float32,
+    )  # fmt: skip
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 3, requires_grad=True)
-    expected = torch.autograd.grad(run(x, case).sum(), [x, case.leaves["w_hh_0"]])
-    actual = torch.autograd.grad(compiled(x, case).sum(), [x, case.leaves["w_hh_0"]])
+    wanted = [x, *(case.leaves[name] for name in ("w_hh_0", "w_ih_1", "b_hh_1"))]
+    expected = torch.autograd.grad(run(x, case).sum(), wanted)
+    actual = torch.autograd.grad(compiled(x, case).sum(), wanted)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -173,10 +213,9 @@ def test_the_api_reaches_the_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": (4, 5)}, "several layers need backend='torch'"),
         ({"dtype": torch.float64}, "float32, float16 or bfloat16, not torch.float64"),
     ],
-    ids=["layers", "float64"],
+    ids=["float64"],
 )
 def test_what_the_kernels_cannot_do_is_said(options, message):
     case = random_case(**{"dtype": torch.float32} | options)
