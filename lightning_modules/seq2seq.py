@@ -22,7 +22,7 @@ from lightning_modules.data.batching import pad
 from lightning_modules.data.pairs import PairBatch, PairCodec
 from lightning_modules.data.speech import SpeechCodec
 from lightning_modules.reporting import log_figure, log_table, spread
-from lightning_modules.search import Hypotheses, SearchOptions, ensemble
+from lightning_modules.search import Hypotheses, SearchOptions, ensemble, normalise
 from lightning_modules.seq2seq_model import Seq2SeqModel, rename
 from lightning_modules.text_metrics import SacreBLEU, SymbolErrorRate, WordErrorRate
 
@@ -35,6 +35,8 @@ WIDEST, MOST_LABELS = 14.0, 80
 """Of the drawing of an alignment: inches across, labels below."""
 
 GREEDY = SearchOptions()
+LENGTH_PENALTY = 0.6
+"""Of beam search unless another is asked for."""
 NO_ATTENTION = "this model has no attention to show"
 
 
@@ -89,6 +91,8 @@ class Seq2Seq(Task):
             and without regard to case.
         max_length_ratio: decoding stops after this many symbols per source symbol, ...
         max_length_extra: ... plus this many.
+        test_beam_size: hypotheses that the search of `test` keeps, with the length penalty of
+            `translate`; 1: greedy, as validation always is.
         backend: of the recurrent layers.
         source_stride: frames of a recording that become one step of the encoder.
         feedback: what of the attention enters the decoder cell: `none`; `features`, which is
@@ -122,6 +126,7 @@ class Seq2Seq(Task):
         score: Literal["per", "bleu"] = "bleu",
         max_length_ratio: float = 2.0,
         max_length_extra: int = 10,
+        test_beam_size: int = 1,
         backend: str = "auto",
         source_stride: int = 1,
         feedback: Literal["none", "features", "context"] = "none",
@@ -151,6 +156,7 @@ class Seq2Seq(Task):
             "score": score,
             "max_length_ratio": max_length_ratio,
             "max_length_extra": max_length_extra,
+            "test_beam_size": test_beam_size,
         }
         super().__init__(codec, {**architecture, **training}, optimizer, scheduler)
         for name in ("label_smoothing", "sampling_probability"):
@@ -168,10 +174,13 @@ class Seq2Seq(Task):
                 "max_length_ratio, max_length_extra: expected at least 0 and 1, "
                 f"got {max_length_ratio} and {max_length_extra}"
             )
+        if test_beam_size < 1:
+            raise ValueError(f"test_beam_size: expected at least 1, got {test_beam_size}")
         self.model = Seq2SeqModel(**codec.sizes, **architecture)
         self.label_smoothing = label_smoothing
         self.sampling_probability, self.sampling_steps = sampling_probability, sampling_steps
         self.max_length_ratio, self.max_length_extra = max_length_ratio, max_length_extra
+        self.test_beam_size = test_beam_size
         self.score, self.source_stride = score, source_stride
         self.monitor = f"val/{score}"
         self.scores = nn.ModuleDict({stage: self._new_scores() for stage in ("val", "test")})
@@ -238,7 +247,10 @@ class Seq2Seq(Task):
         scores["loss"].update(self._loss(logits, batch.target).double(), symbols)
         scores["accuracy"].update(logits.argmax(-1), batch.target[:, 1:])
 
-        decoded = self.decode(batch.source, batch.source_lengths)
+        search = GREEDY
+        if stage == "test" and self.test_beam_size > 1:
+            search = SearchOptions(self.test_beam_size, length_penalty=LENGTH_PENALTY)
+        decoded = self.decode(batch.source, batch.source_lengths, search)
         found = [row[0] for row in decoded.sequences(self.codec.target.eos)]
         decode = self.codec.decode_target
         predictions = [decode(n, text) for n, text in zip(found, batch.texts, strict=True)]
@@ -251,13 +263,15 @@ class Seq2Seq(Task):
             for name in scores.keys() & {"bleu", "bleu_lowercase"}:
                 scores[name].update([join(p) for p in predictions], references)
         self._log_scores(stage, len(predictions))
-        means = (decoded.scores / decoded.lengths).flatten().tolist()
+        sizes = decoded.lengths
+        means = decoded.scores / normalise(sizes.double(), sizes, search.length_penalty)
         sources = [row[:n].cpu() for row, n in zip(batch.source, batch.source_lengths, strict=True)]
-        rows = zip(batch.texts, found, means, batch.references, sources, strict=True)
+        mean = means.flatten().tolist()
+        rows = zip(batch.texts, found, mean, batch.references, sources, strict=True)
         self._samples += islice((_Sample(*row) for row in rows), SAMPLES_PER_BATCH)
         self._decoded += [
-            (len(prediction), len(answers[0]), mean)
-            for prediction, answers, mean in zip(found, batch.references, means, strict=True)
+            (len(prediction), len(answers[0]), score)
+            for prediction, answers, score in zip(found, batch.references, mean, strict=True)
         ]
 
     def _start(self, stage: str) -> None:
@@ -364,7 +378,7 @@ class Seq2Seq(Task):
                 result.
             batch_size: texts decoded together; it changes the speed only.
             **options: attributes of `SearchOptions`, such as `beam_size`; the `length_penalty` is
-                0.6 here by default.
+                `LENGTH_PENALTY` here by default.
 
         Returns:
             One text for each text or, with `n_best` above 1, lists of texts with their scores
@@ -375,7 +389,7 @@ class Seq2Seq(Task):
         """
         if isinstance(texts, str):
             raise ValueError("texts: expected a list of texts, got a single string")
-        search = SearchOptions(**{"length_penalty": 0.6, **options})
+        search = SearchOptions(**{"length_penalty": LENGTH_PENALTY, **options})
         results = self.hypotheses(texts, search, batch_size)
         if search.n_best == 1:
             return [row[0].text for row in results]
@@ -498,7 +512,7 @@ class Seq2Seq(Task):
         lines: Iterable[str],
         beam_size: int = 1,
         n_best: int = 1,
-        length_penalty: float = 0.6,
+        length_penalty: float = LENGTH_PENALTY,
         batch_size: int = 64,
         min_length: int = 0,
         max_length: int | None = None,

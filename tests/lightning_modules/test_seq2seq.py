@@ -86,9 +86,10 @@ def test_it_learns_and_logs(fitted):
     assert names <= set(columns)
 
 
-def test_scores_are_those_of_the_rows_one_by_one(fitted, tmp_path):
+@pytest.mark.parametrize("beam", [1, 3], ids=["greedy", "beam"])
+def test_scores_are_those_of_the_rows_one_by_one(fitted, tmp_path, beam):
     model, data, _, _ = fitted
-    rough = make_model(data.codec, seed=3)
+    rough = make_model(data.codec, seed=3, test_beam_size=beam)
     rough.load_state_dict(model.state_dict())
     with torch.no_grad():
         for parameter in rough.parameters():
@@ -104,13 +105,23 @@ def test_scores_are_those_of_the_rows_one_by_one(fitted, tmp_path):
             total += float(cross_entropy(logits[0], target[0, 1:], reduction="sum"))
             right += int((logits[0].argmax(-1) == target[0, 1:]).sum())
             symbols += target.shape[1] - 1
-            distance = edit_distance(rough.translate([word])[0].split(), sounds.split())
+            found = rough.translate([word], beam_size=beam)[0]
+            distance = edit_distance(found.split(), sounds.split())
             edits, length, wrong = edits + distance, length + len(word), wrong + (distance > 0)
     assert 0 < edits < 2 * length
     assert scores["test/loss"] == pytest.approx(total / symbols, rel=1e-5)
     assert scores["test/accuracy"] == pytest.approx(right / symbols, abs=1e-6)
     assert scores["test/per"] == pytest.approx(edits / length)
     assert scores["test/wer"] == pytest.approx(wrong / len(data.pairs("test")))
+    with open(*(tmp_path / "media" / "test").glob("samples_*.csv")) as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        source = torch.tensor([data.codec.encode_source(row["source"])])
+        target = torch.tensor([data.codec.encode_target(row["prediction"])])
+        with torch.no_grad():
+            logits, _ = rough(source, torch.tensor([source.shape[1]]), target[:, :-1])
+        chosen = logits[0].log_softmax(-1).gather(1, target[0, 1:, None])
+        assert float(row["mean_log_probability"]) == pytest.approx(float(chosen.mean()), abs=1e-4)
 
 
 def test_two_processes_score_as_one(fitted, tmp_path):
@@ -524,9 +535,10 @@ def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
         ({"sampling_probability": -0.1}, "sampling_probability: expected 0 <="),
         ({"score": "rouge"}, "score: expected per or bleu, got 'rouge'"),
         ({"max_length_extra": 0}, "max_length_ratio, max_length_extra: expected at least 0 and 1"),
+        ({"test_beam_size": 0}, "test_beam_size: expected at least 1, got 0"),
         ({"encoder_sizes": [0]}, "encoder_sizes must be one or more positive sizes"),
     ],
-    ids=["smoothing", "sampling", "score", "length", "sizes"],
+    ids=["smoothing", "sampling", "score", "length", "beam", "sizes"],
 )
 def test_wrong_arguments_are_named(arguments, message):
     codec = PairCodec.from_pairs([("a", "b")], Symbols(), Symbols())
