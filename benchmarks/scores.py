@@ -139,7 +139,8 @@ SEQ2SEQ = {
 }
 
 
-def _folder() -> Path | None:
+def corpora_folder() -> Path | None:
+    """The folder of the corpora, which the environment names, if it does."""
     name = os.environ.get("FUSEDRNN_CORPORA")
     return None if name is None else Path(name).absolute()
 
@@ -183,7 +184,7 @@ def _rounded(metric: str, value: float) -> float:
 
 def _means(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     """Mean, spread and number of seeds of each score."""
-    if _folder() is None:
+    if corpora_folder() is None:
         yield "set FUSEDRNN_CORPORA to the folder of the corpora to run it"
     for name, head in dict.fromkeys((row["corpus"], row.get("head", "")) for row in rows):
         own = [row for row in rows if (row["corpus"], row.get("head", "")) == (name, head)]
@@ -199,7 +200,7 @@ def _means(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
 
 def _cases(corpora: Mapping[str, Corpus], seeds: Sequence[int]) -> Iterator[Case]:
     """The first seeds of all come first."""
-    folder = _folder()
+    folder = corpora_folder()
     if folder is None:
         return
     there = {name: corpus for name, corpus in corpora.items() if corpus.is_in(folder)}

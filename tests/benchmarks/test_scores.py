@@ -1,6 +1,6 @@
 """The scores of packaged configurations, on corpora of a few made-up lines."""
 
-from benchmarks import scores
+from benchmarks import input_wait, scores
 from benchmarks.__main__ import main
 from benchmarks.registry import read
 from benchmarks.scores import Corpus
@@ -73,3 +73,21 @@ def test_says_what_it_needs(tmp_path, monkeypatch, capsys):
     main(["tagger_scores", "--output", str(tmp_path)])
     assert "set FUSEDRNN_CORPORA" in capsys.readouterr().out
     assert not (tmp_path / "tagger_scores.csv").exists()
+
+
+def test_time_that_input_is_waited_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.tsv").write_text(WORDS * 20)
+    files = dict.fromkeys(PARTS, "a.tsv")
+    options = ("--model.encoder_sizes=[8]", "--model.decoder_sizes=[8]", "--data.batch_size=16")
+    monkeypatch.setattr(
+        input_wait, "SEQ2SEQ", {"words": Corpus("sigmorphon", files, True, options)}
+    )
+    monkeypatch.setattr(input_wait, "BUILTIN", ())
+    monkeypatch.setattr(input_wait, "STEPS", 20)
+    monkeypatch.setenv("FUSEDRNN_CORPORA", str(tmp_path))
+    main(["input_wait", "--output", str(tmp_path / "results")])
+    (row,) = read(tmp_path / "results" / "input_wait.csv")
+    assert (row["config"], row["data"]) == ("sigmorphon", "words")
+    assert 0 < float(row["input_wait_percent"]) < 100
+    assert int(row["tokens_per_second"]) > 0
+    assert f"at most {row['input_wait_percent']} % of the time" in capsys.readouterr().out
