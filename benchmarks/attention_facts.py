@@ -24,19 +24,27 @@ from .compile_facts import DEVICES, DTYPES, Row, _Driver, facts
 
 RESULT = Path(__file__).parent / "results" / "attention_facts.csv"
 VARIANTS = (
-    ("lstm", "features", "additive", True, 1),
-    ("lstm", "context", "additive", False, 1),
-    ("gru", "features", "product", True, 2),
-    ("lstm", "features", "product", False, 1),
-    ("gru", "context", "additive", True, 1),
-    ("lstm", "none", "additive", True, 3),
+    ("lstm", "features", "additive", True, 1, 0),
+    ("lstm", "context", "additive", False, 1, 0),
+    ("gru", "features", "product", True, 2, 0),
+    ("lstm", "none", "additive", False, 2, 5000),
+    ("lstm", "features", "product", False, 1, 0),
+    ("gru", "context", "additive", True, 1, 0),
+    ("lstm", "features", "additive", True, 3, 50_000),
 )
-"""Cell, feedback, kind of score, coverage, layers."""
+"""Cell, feedback, kind of score, coverage, layers, symbols to draw from."""
 
 
 def inputs(
-    cell: str, feedback: str, kind: str, coverage: bool, layers: int, size: int, dtype: torch.dtype
-) -> tuple[launch.Inputs, launch.Kind]:
+    cell: str,
+    feedback: str,
+    kind: str,
+    coverage: bool,
+    layers: int,
+    symbols: int,
+    size: int,
+    dtype: torch.dtype,
+) -> tuple[launch.Inputs, launch.Kind, launch.Words | None]:
     """Tensors of a decoder whose sizes are all the same, with lengths and dropout."""
     steps, batch, source = 2, launch.ROWS, 7
 
@@ -58,10 +66,22 @@ def inputs(
         [new(4 * size, width if index == 0 else 2 * size) for index in range(layers)],
         [new(steps, batch, size) for _ in range(layers - 1)],
     )
-    return tensors, launch.Kind(layers, cell == "lstm", FEEDBACKS.index(feedback))
+    words = launch.Words(
+        torch.ones(steps, batch, dtype=torch.bool),
+        torch.zeros(steps, batch),
+        new(symbols, size),
+        new(symbols, size),
+        new(symbols),
+        new(steps, batch, size),
+        new(4 * size, size),
+        new(4 * size),
+        torch.zeros(steps, batch, dtype=torch.int64),
+    )
+    kind_of = launch.Kind(layers, cell == "lstm", FEEDBACKS.index(feedback))
+    return tensors, kind_of, words if symbols else None
 
 
-def compile_both(x: launch.Inputs, kind: launch.Kind) -> dict[str, Row]:
+def compile_both(x: launch.Inputs, kind: launch.Kind, words: launch.Words | None) -> dict[str, Row]:
     """Facts of both kernels for these inputs, from calls of their launchers."""
     found: list[Row] = []
     plan = SimpleNamespace(warps=launch.WARPS, slices=1)
@@ -74,7 +94,7 @@ def compile_both(x: launch.Inputs, kind: launch.Kind) -> dict[str, Row]:
     c = states if kind.lstm else []
     real, launch.dispatch = launch.dispatch, dispatch
     try:
-        kept = launch.run_forward(x, kind, launch.Start(None, None, states, c))
+        kept = launch.run_forward(x, kind, launch.Start(None, None, states, c), words)
         given = launch.Incoming(kept.features, kept.joined.float(), kept.weights, states, c)
         launch.run_backward(x, kind, kept, given)
     finally:
@@ -103,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtype, precision = DTYPES[name]
         torch.backends.cuda.matmul.fp32_precision = precision
         for what, row in compile_both(*inputs(*variant, size, dtype)).items():
-            names = ("cell", "feedback", "score", "coverage", "layers")
+            names = ("cell", "feedback", "score", "coverage", "layers", "symbols")
             key = dict(zip(names, variant, strict=True))
             where = {"triton": triton.__version__, "capability": capability, "dtype": name}
             del row["weights_reloaded"], row["cooperative"]

@@ -6,7 +6,7 @@ K size of a key (encoder state), P of a projected key, F of the attentional feat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -169,14 +169,14 @@ class ScheduledSampling(NamedTuple):
 
     Attributes:
         symbols: int64 [B, T], what is fed otherwise.
-        embed: symbols of any shape to inputs [..., E], without dropout.
-        logits: features [n, F] to logits over the symbols [n, V].
+        embedding: of the V symbols [V, E]; what is fed is its weight, with the decoder's dropout.
+        output: from features to logits over the symbols [V, F].
         probability: with which each symbol after the first is a sample of the prediction.
     """
 
     symbols: Tensor
-    embed: Callable[[Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor]
+    embedding: nn.Embedding
+    output: nn.Linear
     probability: float
 
 
@@ -280,7 +280,7 @@ class AttentionDecoder(nn.Module):
         """Decode all steps, each from the given input.
 
         Args:
-            x: [B, T, E], y_t; with `sampling`, `sampling.embed(sampling.symbols)`.
+            x: [B, T, E], y_t; with `sampling`, `sampling.embedding(sampling.symbols)`.
             state: from `start`, or after earlier steps.
             sampling: scheduled sampling; None: teacher forcing.
 
@@ -459,9 +459,7 @@ class AttentionDecoder(nn.Module):
             else:
                 features = results[-1].features if results else x[:, 0]
                 symbols = drawn.draw(t, features)
-                x_t = drawn.embed(symbols)
-                x_t = x_t if drawn.mask is None else x_t * drawn.mask[t]
-                result, state = self._step(x_t, state)
+                result, state = self._step(drawn.inputs(symbols, t), state)
                 result = result._replace(symbols=symbols)
             results.append(result)
         columns = zip(*results, strict=True)
@@ -480,8 +478,18 @@ class AttentionDecoder(nn.Module):
         symbols = sampling.symbols.t()
         replaced = torch.rand(symbols.shape, device=x.device) < sampling.probability
         replaced[0] = False
-        mask = self._ones(x, x.shape[2])
-        return Sampling(symbols, replaced, sampling.embed, sampling.logits, mask)
+        uniform = torch.rand(symbols.shape, device=x.device)
+        embedding, output = sampling.embedding, sampling.output
+        return Sampling(
+            symbols,
+            replaced,
+            uniform,
+            embedding.weight,
+            output.weight,
+            output.bias,
+            self._ones(x, x.shape[2]),
+            embedding.padding_idx,
+        )
 
     def _layers(self) -> list[LayerWeights]:
         """The parameters of the recurrent layers."""

@@ -375,6 +375,8 @@ class Seq2SeqModel(nn.Module):
             return mixed.clamp(min=1e-30).log(), weights
         sampling = None
         if sampling_probability > 0:
+            if not isinstance(self.target_embedding, nn.Embedding):
+                raise ValueError("sampling_probability: expected 0 where numbers are predicted")
             sampling = ScheduledSampling(
                 target, self.target_embedding, self.output, sampling_probability
             )

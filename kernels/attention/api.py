@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..api import choose_backend, precision, without_autocast
-from ..checks import autocasts, check_lengths
+from ..checks import check_lengths
 from . import reference, torch_loop
 from .spec import CELLS, FEEDBACKS, Decoded, DecoderWeights, Masks, Problem, Sampling, State
 
@@ -47,9 +47,9 @@ def decode(
         masks: dropout; None: none.
         sampling: scheduled sampling; None: teacher forcing.
         backend: "torch" (one autograd function, the backward through time written out), "triton"
-            (the time loop as one kernel; no scheduled sampling), "reference" (plain
-            steps, differentiable more than once), or "auto": triton on a GPU for what it has,
-            torch for everything else. Results have x's dtype, or autocast's.
+            (the time loop as one kernel), "reference" (plain steps, differentiable more than once),
+            or "auto": triton on a GPU for what it has, torch for everything else. Results have x's
+            dtype, or autocast's.
         counts: how many of the first rows mean something at each step, not growing; None: all. The
             backend torch leaves the others out.
 
@@ -61,22 +61,11 @@ def decode(
     """
     _check(problem, x, keys, projected, lengths, weights, states)
     inside, outside = precision(x)
-    kind, again = x.device.type, autocasts(x.device.type)
-
     if sampling is not None:
-        embed, logits = sampling.embed, sampling.logits
-
-        def embed_inside(symbols: Tensor) -> Tensor:
-            return embed(symbols).to(inside)
-
-        def logits_inside(features: Tensor) -> Tensor:
-            with torch.autocast(kind, outside, enabled=again):
-                return logits(features)
-
-        sampling = sampling._replace(
-            embed=embed_inside, logits=logits_inside, mask=_cast(sampling.mask, inside)
-        )
-    run = _implementation(backend, x, sampling)
+        _check_sampling(sampling, x, weights)
+        names = ("embedding", "weight", "bias", "mask")
+        sampling = sampling._replace(**{n: _cast(getattr(sampling, n), inside) for n in names})
+    run = _implementation(backend, x)
     if counts is not None and run is torch_loop.decode:
         run = partial(run, counts=counts)
     with without_autocast(x):
@@ -88,10 +77,8 @@ def decode(
         return _cast(found, outside)
 
 
-def _implementation(backend: str, x: Tensor, sampling: Sampling | None) -> Callable[..., Decoded]:
+def _implementation(backend: str, x: Tensor) -> Callable[..., Decoded]:
     chosen = choose_backend(backend, x)
-    if backend == "auto" and sampling is not None:
-        chosen = "torch"
     if chosen == "torch":
         return torch_loop.decode
     if chosen == "reference":
@@ -164,3 +151,23 @@ def _check(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if lengths is not None:
         check_lengths(lengths, source, batch, keys.device)
+
+
+def _check_sampling(sampling: Sampling, x: Tensor, weights: DecoderWeights) -> None:
+    symbols = len(sampling.embedding)
+    expected = {
+        "symbols": (sampling.symbols, x.shape[:2]),
+        "replaced": (sampling.replaced, x.shape[:2]),
+        "uniform": (sampling.uniform, x.shape[:2]),
+        "embedding": (sampling.embedding, (symbols, x.shape[2])),
+        "weight": (sampling.weight, (symbols, weights.combine.shape[0])),
+    }
+    if sampling.bias is not None:
+        expected["bias"] = (sampling.bias, (symbols,))
+    if sampling.mask is not None:
+        expected["mask"] = (sampling.mask, x.shape)
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"sampling.{name} must have shape {list(shape)}, got {list(tensor.shape)}"
+            )

@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 
 from ..persistent.primitives import sigmoid, tanh
+from .sampling import resample
 from .tiles import over_source, product, score, sight, source_tile
 
 
 @triton.jit(do_not_specialize=("T", "B", "S"))
 def forward_kernel(
-    gates, matrices, sources, combine, buffers, between, mask, lengths, T, B, S, C: tl.constexpr
-):
+    gates, matrices, sources, combine, buffers, between, mask, lengths, words, T, B, S,
+    C: tl.constexpr,
+):  # fmt: skip
     """All steps of R rows; the grid is tiles of rows."""
     seen, cells, joined, _, _, _, features = buffers
     LAYERS: tl.constexpr = C.LAYERS
@@ -30,6 +32,11 @@ def forward_kernel(
         length = tl.load(lengths + row, mask=real, other=0).to(tl.int32)
     for t in range(0, T):
         now = t * B + row
+        if C.V > 0:
+            fed = features + (now - B) * C.F
+            if C.FEEDBACK == 1:
+                fed = sight(seen, now, 0, C)
+            resample(words, gates[0], fed, now, t, row, real, C)
         if C.FEEDBACK == 2:
             h = sight(seen, now, LAYERS - 1, C) + C.FED[LAYERS - 1]
             attend(sources, buffers, h, now, B, row, real, length, S, C)
@@ -39,7 +46,7 @@ def forward_kernel(
         if C.FEEDBACK != 2:
             h = sight(seen, now + B, LAYERS - 1, C) + C.FED[LAYERS - 1]
             attend(sources, buffers, h, now, B, row, real, length, S, C)
-        if C.FEEDBACK == 1:
+        if C.FEEDBACK == 1 or C.V > 0:
             combine_features(combine, joined, features, seen, mask, now, B, real, C)
             tl.debug_barrier()
 
@@ -157,7 +164,7 @@ def attend(sources, buffers, h, now, B, row, real, length, S, C: tl.constexpr):
 
 @triton.jit
 def combine_features(combine, joined, features, seen, mask, now, B, real, C: tl.constexpr):
-    """Store tanh(W [context; output]), and feed it, after dropout, to the next step."""
+    """Store tanh(W [context; output]), and after dropout where the next step reads it."""
     x = joined + now * (C.K + C.Q)
     for start in range(0, C.F, C.NB):
         n = start + tl.arange(0, C.NB)
@@ -165,8 +172,10 @@ def combine_features(combine, joined, features, seen, mask, now, B, real, C: tl.
         acc = product(x, real, combine, C.K + C.Q, 1, n, n < C.F, C.K + C.Q, C)
         acc = tanh(acc)
         at = (now * C.F)[:, None] + n[None, :]
-        tl.store(features + at, acc.to(features.dtype.element_ty), mask=valid)
+        reader = features + at
+        if C.FEEDBACK == 1:
+            tl.store(reader, acc.to(joined.dtype.element_ty), mask=valid)
+            reader = sight(seen, now + B, 0, C)[:, None] + n[None, :]
         if mask is not None:
             acc = acc * tl.load(mask + at, mask=valid, other=0.0).to(tl.float32)
-        fed = sight(seen, now + B, 0, C)[:, None] + n[None, :]
-        tl.store(fed, acc.to(joined.dtype.element_ty), mask=valid)
+        tl.store(reader, acc.to(joined.dtype.element_ty), mask=valid)

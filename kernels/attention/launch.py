@@ -33,6 +33,8 @@ class Config:
         LSTM: whether the cell is one, or a GRU. FEEDBACK: index in `FEEDBACKS`.
         R: batch rows. NB, KB: outputs and inputs of a tile of weights.
         SB, AB: source positions and elements of a tile of keys.
+        V, E: symbols that may be drawn, and size of an input; zero without scheduled sampling.
+        VB: symbols of a tile.
         PRECISION: of float32 products. UPCAST: whether operands are made float32 first.
     """
 
@@ -50,6 +52,9 @@ class Config:
     KB: tl.constexpr
     SB: tl.constexpr
     AB: tl.constexpr
+    V: tl.constexpr
+    E: tl.constexpr
+    VB: tl.constexpr
     PRECISION: tl.constexpr
     UPCAST: tl.constexpr
 
@@ -74,6 +79,37 @@ class Kind(NamedTuple):
 
 
 Tensors = list[Tensor]
+
+
+class Words(NamedTuple):
+    """Scheduled sampling as the forward kernel reads it; shapes as in `spec.Sampling`.
+
+    Attributes:
+        replaced: bool [T, B].
+        uniform: float32 [T, B].
+        embedding: [V, E].
+        weight: [V, F].
+        bias: [V] or None.
+        mask: [T, B, E] or None.
+        lowest: the lowest layer's weights of its input [4H, E].
+        shift: and its biases [4H].
+        symbols: int64 [T, B].
+    """
+
+    replaced: Tensor
+    uniform: Tensor
+    embedding: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    lowest: Tensor
+    shift: Tensor
+    symbols: Tensor
+
+
+def tile_of(symbols: int) -> int:
+    """Symbols of a tile; wide, because each row of weights is read for it alone."""
+    return min(256, max(32, triton.next_power_of_2(symbols)))
 
 
 @dataclass(frozen=True)
@@ -131,9 +167,10 @@ class Inputs:
         """Hidden size of each layer."""
         return [matrix.shape[0] // 4 for matrix in self.matrices]
 
-    def config(self, kind: Kind) -> Config:
+    def config(self, kind: Kind, words: Words | None = None) -> Config:
         """The constants for these tensors."""
         hidden = self.hidden
+        symbols, size = (0, 0) if words is None else words.embedding.shape
         fed = [m.shape[1] - size for m, size in zip(self.matrices, hidden, strict=True)]
         values = {
             "HIDDEN": tuple(hidden),
@@ -150,6 +187,9 @@ class Inputs:
             "KB": 32,
             "SB": 8,
             "AB": 32,
+            "V": symbols,
+            "E": size,
+            "VB": tile_of(symbols),
             "PRECISION": product_precision(self.keys),
             "UPCAST": interpreted(forward_kernel),
         }
@@ -208,8 +248,10 @@ class Buffers:
         joined: [T, B, K + Q].
         weights: float32 [T, B, S].
         coverage: float32 [T + 1, B, S], or no slots.
-        features: [T, B, F], or F = 0.
+        features: [T, B, F], before dropout if they are fed back, after if they only predict what
+            is drawn; else F = 0.
         query: [T, B, A], or A = 0.
+        symbols: int64 [T, B], what was fed under scheduled sampling, or no steps.
         seen: of each layer [T + 1, B, N + H].
         gates: likewise [T, B, 4H].
         cells: float32, of each layer of an LSTM [T + 1, B, H], else empty.
@@ -220,6 +262,7 @@ class Buffers:
     coverage: Tensor
     features: Tensor
     query: Tensor
+    symbols: Tensor
     seen: Tensors
     gates: Tensors
     cells: Tensors
@@ -227,14 +270,14 @@ class Buffers:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], layers: int) -> Buffers:
         """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 5, layers, layers))
+        return cls(*_grouped(tensors, 6, layers, layers))
 
     def flat(self) -> Tensors:
         """All tensors in order."""
         return _flat(self)
 
 
-def buffers(x: Inputs, kind: Kind) -> Buffers:
+def buffers(x: Inputs, kind: Kind, drawn: bool = False) -> Buffers:
     """Memory for a forward pass, not filled in."""
     steps, batch, _ = x.gates[0].shape
     new, source = x.keys.new_empty, x.keys.shape[1]
@@ -243,8 +286,9 @@ def buffers(x: Inputs, kind: Kind) -> Buffers:
         new(steps, batch, x.combine.shape[1]),
         new(steps, batch, source, **wide),
         new(steps + 1 if x.coverage is not None else 0, batch, source, **wide),
-        new(steps, batch, x.combine.shape[0] if kind.fed else 0),
+        new(steps, batch, x.combine.shape[0] if kind.fed or drawn else 0),
         new(steps, batch, 0 if x.query is None else x.query.shape[0]),
+        new(steps if drawn else 0, batch, dtype=torch.int64),
         [new(steps + 1, batch, matrix.shape[1]) for matrix in x.matrices],
         [new(steps, batch, matrix.shape[0]) for matrix in x.matrices],
         [new(steps + 1, batch, size, **wide) for size in x.hidden if kind.lstm],
@@ -335,9 +379,18 @@ def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
     kernel[grid](**arguments, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS)
 
 
-def run_forward(x: Inputs, kind: Kind, start: Start) -> Buffers:
+def run_forward(x: Inputs, kind: Kind, start: Start, words: Words | None = None) -> Buffers:
     """The forward kernel."""
-    out = buffers(x, kind)
+    out = buffers(x, kind, words is not None)
+    drawing: tuple[Tensor | None, ...] | None = None
+    if words is not None:
+        symbols, size = words.embedding.shape
+        batch, tiles = x.sizes["B"], triton.cdiv(symbols, tile_of(symbols))
+        sums = x.keys.new_empty(batch, tiles, dtype=torch.float32)
+        drawing = (
+            words.replaced.view(torch.uint8), *words[1:-1], out.symbols.copy_(words.symbols), sums,
+            x.keys.new_empty(batch, size),
+        )  # fmt: skip
     for given, gates in zip(x.gates, out.gates, strict=True):
         gates.copy_(given)
     for h, seen in zip(start.h, out.seen, strict=True):
@@ -363,7 +416,8 @@ def run_forward(x: Inputs, kind: Kind, start: Start) -> Buffers:
         between=tuple(x.between),
         mask=x.mask,
         lengths=x.lengths,
-        C=x.config(kind),
+        words=drawing,
+        C=x.config(kind, words),
         **x.sizes,
     )  # fmt: skip
     return out

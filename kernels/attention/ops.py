@@ -18,7 +18,7 @@ from ..persistent.launch import interpreted
 from ..torch_loop import product_grad
 from . import launch
 from .forward import forward_kernel
-from .launch import Buffers, Gradients, Incoming, Inputs, Kind, Start
+from .launch import Buffers, Gradients, Incoming, Inputs, Kind, Start, Words
 from .sources import AdditiveGrads, AdditiveScore, Asked, chunks, hide_padding, source_grads
 from .spec import FEEDBACKS, Decoded, DecoderWeights, LayerWeights, Masks, Problem, Sampling, State
 
@@ -27,25 +27,32 @@ from .spec import FEEDBACKS, Decoded, DecoderWeights, LayerWeights, Masks, Probl
 def decoder_op(
     inputs: list[Tensor | None],
     start: list[Tensor | None],
+    words: list[Tensor | None],
     layers: int,
     lstm: bool,
     feedback: int,
 ) -> list[Tensor]:
-    """The forward loop: from the tensors of `Inputs` and `Start`, in order, those of `Buffers`."""
+    """The forward loop: from the tensors of `Inputs` and `Start`, in order, those of `Buffers`.
+
+    `words` holds those of `Words`, or nothing without scheduled sampling.
+    """
     kind = Kind(layers, lstm, feedback)
     x, first = Inputs.of(inputs, layers), Start.of(start, layers)
-    return launch.run_forward(x, kind, first).flat()
+    drawn = Words(*cast(list[Any], words)) if words else None
+    return launch.run_forward(x, kind, first, drawn).flat()
 
 
 @decoder_op.register_fake
 def _(
     inputs: list[Tensor | None],
     start: list[Tensor | None],
+    words: list[Tensor | None],
     layers: int,
     lstm: bool,
     feedback: int,
 ) -> list[Tensor]:
-    return launch.buffers(Inputs.of(inputs, layers), Kind(layers, lstm, feedback)).flat()
+    kind = Kind(layers, lstm, feedback)
+    return launch.buffers(Inputs.of(inputs, layers), kind, bool(words)).flat()
 
 
 @torch.library.custom_op("fusedrnn::attention_decoder_backward", mutates_args=())
@@ -225,17 +232,17 @@ def decode(
     """A whole decoding; arguments and results are those of `reference.decode`.
 
     Raises:
-        ValueError: scheduled sampling, another dtype, or a device that the kernels
-            cannot run on.
+        ValueError: another dtype, or a device that the kernels cannot run on.
     """
-    _check(x, sampling)
+    _check(x)
     masks = Masks() if masks is None else masks
     keys, projected, _ = hide_padding(keys, projected, lengths)
     packed = [pack(problem.cell, layer) for layer in weights.layers]
-    lowest, first = packed[0][0].split((x.shape[2], packed[0][0].shape[1] - x.shape[2]), 1)
-    gates = [F.linear(x, lowest, packed[0][1])]
-    gates += [bias.expand(*x.shape[:2], -1) for _, bias in packed[1:]]
     kind = Kind(len(packed), problem.cell == "lstm", FEEDBACKS.index(problem.feedback))
+    matrix, bias = packed[0]
+    given = x if sampling is None else sampling.inputs(sampling.symbols)
+    lowest, first = matrix.split((x.shape[2], matrix.shape[1] - x.shape[2]), 1)
+    drops = masks.features if kind.fed or sampling is not None else None
     query, energy, covers = (None if w is None else w.contiguous() for w in weights[2:])
     inputs = Inputs(
         keys.contiguous(),
@@ -244,12 +251,12 @@ def decode(
         energy,
         covers,
         weights.combine.contiguous(),
-        masks.features.contiguous() if kind.fed and masks.features is not None else None,
+        None if drops is None else drops.contiguous(),
         lengths,
-        gates,
+        [F.linear(given, lowest, bias), *(b.expand(*x.shape[:2], -1) for _, b in packed[1:])],
         [first.contiguous(), *(matrix for matrix, _ in packed[1:])],
         [mask.contiguous() for mask in masks.between],
-    ).flat()
+    )
     start = Start(
         feed if kind.fed else None,
         coverage,
@@ -257,23 +264,41 @@ def decode(
         [state[1] for state in states if kind.lstm],
     ).flat()
     with torch.no_grad():
-        kept = decoder_op(inputs, start, *kind)
+        words = [] if sampling is None else [*_words(sampling, lowest, bias)]
+        kept = decoder_op(inputs.flat(), start, words, *kind)
+    symbols = None
+    if sampling is not None:
+        symbols = Buffers.of(kept, kind.layers).symbols.clone()
+        inputs.gates[0] = F.linear(sampling.inputs(symbols), lowest, bias)
+    tensors = inputs.flat()
     features, joined, alpha, *final = Decoder.apply(
-        *kind, (len(inputs), len(start)), *inputs, *start, *kept
+        *kind, (len(tensors), len(start)), *tensors, *start, *kept
     )
     if not kind.fed:
         features = torch.tanh(F.linear(joined, weights.combine))
         features = features if masks.features is None else features * masks.features
     context, outputs = joined.split((keys.shape[2], weights.layers[-1].w_hh.shape[1]), -1)
     after = [tuple(final[layer :: kind.layers]) for layer in range(kind.layers)]
-    return Decoded(features, outputs, context, alpha, after)
+    return Decoded(features, outputs, context, alpha, after, symbols)
 
 
-def _check(x: Tensor, sampling: Sampling | None) -> None:
-    if sampling is not None:
-        raise ValueError(
-            "backend='triton' decodes by teacher forcing: scheduled sampling needs backend='torch'"
-        )
+def _words(sampling: Sampling, lowest: Tensor, bias: Tensor) -> Words:
+    """Scheduled sampling as the kernel reads it."""
+    mask = sampling.mask
+    return Words(
+        sampling.replaced.contiguous(),
+        sampling.uniform.float().contiguous(),
+        sampling.embedding.contiguous(),
+        sampling.weight.contiguous(),
+        None if sampling.bias is None else sampling.bias.contiguous(),
+        None if mask is None else mask.contiguous(),
+        lowest.contiguous(),
+        bias,
+        sampling.symbols,
+    )
+
+
+def _check(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(
             f"backend='triton' computes in float32, float16 or bfloat16, not {x.dtype}: use "

@@ -123,8 +123,7 @@ def decode(
             x_t = x[t]
         else:
             symbols.append(sampling.draw(t, fed))
-            x_t = sampling.embed(symbols[t])
-            x_t = x_t if sampling.mask is None else x_t * sampling.mask[t]
+            x_t = sampling.inputs(symbols[t], t)
         if before:
             context, alpha = attend(now[-1][0], keys, projected, padding, weights, seen)
             x_t = torch.cat([x_t, context], -1)

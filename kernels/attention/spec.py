@@ -7,11 +7,12 @@ the attentional features, G gates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FEEDBACKS = ("none", "features", "context")
@@ -75,23 +76,32 @@ class Masks(NamedTuple):
 class Sampling(NamedTuple):
     """Scheduled sampling: some inputs are the decoder's own predictions (Bengio et al. 2015).
 
+    A symbol is drawn by inverse transform: of the sums of the probabilities in order of the
+    symbols, the first above the given uniform number says which. So all backends draw the same.
+
     Attributes:
         symbols: int64 [T, B], what to feed where nothing is sampled.
         replaced: bool [T, B], where a sample takes its place; the first step has none.
-        embed: symbols of any shape to their inputs [..., E]; differentiated at what was fed.
-        logits: features [n, F] to logits [n, V]; not differentiated.
+        uniform: [T, B] in [0, 1), what decides a draw;
+        embedding: [V, E], the inputs of the symbols; differentiated at what was fed.
+        weight: [V, F], from features to logits; not differentiated, nor is the draw.
+        bias: [V] of the logits, or None.
         mask: dropout of the inputs [T, B, E], or None.
+        padding_idx: the symbol whose embedding has no gradient, as in torch.nn.Embedding, or None.
     """
 
     symbols: Tensor
     replaced: Tensor
-    embed: Callable[[Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor]
+    uniform: Tensor
+    embedding: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
     mask: Tensor | None = None
+    padding_idx: int | None = None
 
     @torch.no_grad()
     def draw(self, t: int, features: Tensor) -> Tensor:
-        """The symbols [B] to feed at step t, from torch's default generator.
+        """The symbols [B] to feed at step t.
 
         Args:
             t: the step.
@@ -101,13 +111,17 @@ class Sampling(NamedTuple):
         rows = self.replaced[t].nonzero().squeeze(-1)
         if t == 0 or len(rows) == 0:
             return symbols
-        probabilities = self.logits(features[rows]).float().softmax(-1)
-        return symbols.index_put((rows,), probabilities.multinomial(1).squeeze(-1))
+        logits = F.linear(features[rows], self.weight, self.bias)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        sums = logits.softmax(-1, dtype=wide).cumsum(-1)
+        wanted = self.uniform[t, rows, None].to(wide) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, wanted, right=True).squeeze(-1)
+        return symbols.index_put((rows,), drawn.clamp_(max=len(self.weight) - 1))
 
-    def inputs(self, symbols: Tensor) -> Tensor:
-        """The inputs [T, B, E] that belong to the symbols [T, B] of all steps."""
-        embedded = self.embed(symbols)
-        return embedded if self.mask is None else embedded * self.mask
+    def inputs(self, symbols: Tensor, t: int | slice = slice(None)) -> Tensor:
+        """The inputs [B, E] of the symbols [B] at step t, or of all steps with one more axis."""
+        embedded = F.embedding(symbols, self.embedding, self.padding_idx)
+        return embedded if self.mask is None else embedded * self.mask[t]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..persistent.primitives import dot, tanh
 
 @triton.jit
 def product(x, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr, C: tl.constexpr):
-    """Sum over k < SIZE of x[row, k] w[n, k], [R, NB] in float32; weights come from the L2 cache.
+    """Sum over k < SIZE of x[row, k] w[n, k], [R, N] in float32; weights come from the L2 cache.
 
     Args:
         x: pointers to the rows' first elements, [R].
@@ -21,12 +21,12 @@ def product(x, real, w, n_stride, k_stride, n, valid, SIZE: tl.constexpr, C: tl.
         w: pointer to the weights.
         n_stride: distance of neighbouring n in w.
         k_stride: distance of neighbouring k in w.
-        n: int [NB].
-        valid: bool [NB].
+        n: int [N].
+        valid: bool [N].
         SIZE: of the contraction.
         C: the configuration.
     """
-    acc = tl.zeros([C.R, C.NB], tl.float32)
+    acc = tl.zeros([C.R, n.shape[0]], tl.float32)
     for start in range(0, SIZE, C.KB):
         k = start + tl.arange(0, C.KB)
         a = tl.load(x[:, None] + k[None, :], mask=real[:, None] & (k < SIZE)[None, :], other=0.0)

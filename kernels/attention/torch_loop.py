@@ -849,8 +849,6 @@ def _resampler(
         if t == 0 or not times[t]:
             return
         symbols[t] = sampling.draw(t, features)
-        x = sampling.embed(symbols[t])
-        x = x if sampling.mask is None else x * sampling.mask[t]
-        torch.addmm(bias, x, matrix.t(), out=gates[t])
+        torch.addmm(bias, sampling.inputs(symbols[t], t), matrix.t(), out=gates[t])
 
     return resample

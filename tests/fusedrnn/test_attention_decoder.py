@@ -226,6 +226,27 @@ def test_scheduled_sampling_feeds_its_own_predictions(options, dropout):
         torch.testing.assert_close(forced.features, result.features)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="written for the interpreter's CPU tensors")
+@pytest.mark.parametrize("feedback", ["none", "features", "context"])
+def test_one_seed_draws_the_same_symbols_on_every_backend(feedback):
+    pytest.importorskip("triton")
+    results = []
+    for backend in ("reference", "torch", "triton"):
+        decoder = make(feedback=feedback, dropout=0.3, backend=backend).float()
+        keys = torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(1))
+        zeros = [(torch.zeros(1, 8, n), torch.zeros(1, 8, n)) for n in decoder.stack.hidden_sizes]
+        state = decoder.start(keys, torch.full((8,), 4), zeros)
+        sampling, embedding = sampling_of(0.8, batch=8, steps=3)
+        sampling.output.float()
+        x = embedding.float()(sampling.symbols)
+        torch.manual_seed(5)
+        results.append(decoder(x, state, sampling)[0])
+    assert (results[0].symbols != sampling.symbols).any()
+    for found in results[1:]:
+        assert torch.equal(found.symbols, results[0].symbols)
+        torch.testing.assert_close(found.features, results[0].features)
+
+
 @torch.no_grad()
 def test_no_sampling_where_its_probability_is_zero():
     decoder = make(feedback="features")

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attention import Decoded, DecoderWeights, LayerWeights, Masks, Problem, reference
+from kernels.attention import (
+    Decoded,
+    DecoderWeights,
+    LayerWeights,
+    Masks,
+    Problem,
+    Sampling,
+    reference,
+)
 from tests.kernels.triton_cases import relative_error
 
 KINDS = ("product", "additive")
@@ -22,6 +30,7 @@ class Case(NamedTuple):
     lengths: Tensor | None
     layers: int
     masks: Masks | None
+    sampling: Sampling | None = None
 
     def arguments(self) -> tuple:
         """As `decode` takes them."""
@@ -36,7 +45,10 @@ class Case(NamedTuple):
         names = ("h", "c") if self.problem.cell == "lstm" else ("h",)
         states = [tuple(v(f"{n}_{i}") for n in names) for i in range(self.layers)]
         tensors = (v("x"), v("keys"), v("projected"), self.lengths, weights, states)
-        return (self.problem, *tensors, v("feed"), v("coverage"), self.masks)
+        sampling = self.sampling
+        if sampling is not None:
+            sampling = sampling._replace(embedding=self.leaves["embedding"])
+        return (self.problem, *tensors, v("feed"), v("coverage"), self.masks, sampling)
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
         """The same values in another dtype or elsewhere, as leaves."""
@@ -50,7 +62,14 @@ class Case(NamedTuple):
             features = masks.features
             masks = Masks(between, None if features is None else features.to(device, dtype))
         lengths = None if self.lengths is None else self.lengths.to(device)
-        return self._replace(leaves=leaves, masks=masks, lengths=lengths)
+        sampling = self.sampling
+        if sampling is not None:
+            low = {n: getattr(sampling, n) for n in ("embedding", "weight", "bias", "mask")}
+            moved = {n: None if v is None else v.to(device, dtype) for n, v in low.items()}
+            for name in ("symbols", "replaced", "uniform"):
+                moved[name] = getattr(sampling, name).to(device)
+            sampling = sampling._replace(**moved)
+        return self._replace(leaves=leaves, masks=masks, lengths=lengths, sampling=sampling)
 
 
 def random_case(
@@ -120,6 +139,60 @@ def random_case(
     return Case(Problem(cell, feedback), leaves, sizes, len(hidden), masks).to(dtype)
 
 
+def sampled(
+    case: Case,
+    symbols: int = 7,
+    *,
+    probability: float = 0.6,
+    dropout: float = 0.0,
+    bias: bool = True,
+    gain: float = 2.0,
+) -> Case:
+    """The case with scheduled sampling over so many symbols, whose embedding gives the inputs."""
+    leaves = dict(case.leaves)
+    x = leaves.pop("x").detach()
+    shape, size = x.shape[:2], x.shape[2]
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+
+    leaves["x"] = x
+    leaves["embedding"] = random(symbols, size).requires_grad_()
+    replaced = torch.rand(shape, generator=generator) < probability
+    replaced[0] = False
+    kept = torch.rand((*shape, size), generator=generator) >= dropout
+    sampling = Sampling(
+        torch.randint(symbols, shape, generator=generator),
+        replaced,
+        torch.rand(shape, generator=generator),
+        leaves["embedding"],
+        gain * random(symbols, case.leaves["combine"].shape[0]),
+        random(symbols) if bias else None,
+        kept.to(x) / (1 - dropout) if dropout else None,
+        padding_idx=0,
+    )
+    return case._replace(leaves=leaves, sampling=sampling)
+
+
+def assert_drawn(case: Case, found: Decoded, tolerance: float) -> None:
+    """Each sampled symbol is that whose share of the sums of probabilities holds its number."""
+    sampling = case.sampling
+    assert sampling is not None and found.symbols is not None
+    kept = ~sampling.replaced
+    assert torch.equal(found.symbols[kept], sampling.symbols[kept])
+    logits = found.features[:-1].detach().double() @ sampling.weight.double().mT
+    if sampling.bias is not None:
+        logits = logits + sampling.bias.double()
+    p = logits.softmax(-1)
+    drawn = found.symbols[1:, :, None]
+    high = p.cumsum(-1).gather(-1, drawn)
+    low = high - p.gather(-1, drawn)
+    place = sampling.uniform[1:, :, None].double()
+    inside = (low - tolerance <= place) & (place <= high + tolerance)
+    assert inside[sampling.replaced[1:]].all()
+
+
 def flatten(found: Decoded) -> dict[str, Tensor]:
     """The floating point results by name."""
     results = {n: getattr(found, n) for n in ("features", "outputs", "context", "weights")}
@@ -154,8 +227,13 @@ def assert_accurate(run: Callable[..., Decoded], case: Case) -> None:
     `triton_cases.assert_accurate`; an additive score has one more tanh for each of its A elements.
     """
     device, dtype = case.leaves["x"].device, case.leaves["x"].dtype
-    exact = outputs_and_gradients(reference.decode, case.to(torch.float64, device))
-    plain = outputs_and_gradients(reference.decode, case)
+    oracle = case
+    if case.sampling is not None:  # near a limit between two symbols, rounding may decide
+        symbols = run(*case.arguments()).symbols
+        fed = case.sampling._replace(symbols=symbols, replaced=torch.zeros_like(symbols).bool())
+        oracle = case._replace(sampling=fed)
+    exact = outputs_and_gradients(reference.decode, oracle.to(torch.float64, device))
+    plain = outputs_and_gradients(reference.decode, oracle)
     actual = outputs_and_gradients(run, case)
     worst = max(relative_error(plain[name], value) for name, value in exact.items())
     budget = 2 * worst + torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps

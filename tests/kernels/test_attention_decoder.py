@@ -13,13 +13,19 @@ from kernels.attention import (
     FEEDBACKS,
     Decoded,
     Masks,
-    Sampling,
     decode,
     reference,
     sources,
     torch_loop,
 )
-from tests.kernels.attention_cases import KINDS, flatten, outputs_and_gradients, random_case
+from tests.kernels.attention_cases import (
+    KINDS,
+    assert_drawn,
+    flatten,
+    outputs_and_gradients,
+    random_case,
+    sampled,
+)
 
 BACKENDS = {"torch": torch_loop.decode, "reference": reference.decode}
 VARIANTS = [
@@ -138,7 +144,7 @@ def test_chunks_of_factors_change_nothing(chunk, monkeypatch):
 
 
 def row_by_row(
-    counts, problem, x, keys, projected, lengths, weights, states, feed, coverage, masks
+    counts, problem, x, keys, projected, lengths, weights, states, feed, coverage, masks, _
 ):
     """The reference, each row alone for as many steps as it has, with zeros after them."""
     parts = []
@@ -224,64 +230,71 @@ def test_padding_never_matters_even_where_it_is_nan(cell, feedback, kind, backen
     assert_close(actual, expected)
 
 
-class Words:
-    """An embedding and an output layer over a few symbols."""
-
-    def __init__(self, size, features):
-        torch.manual_seed(0)
-        self.embedding = torch.randn(6, size, dtype=torch.float64, requires_grad=True)
-        self.output = torch.randn(6, features, dtype=torch.float64)
-
-    def sampling(self, symbols, replaced, mask=None):
-        def logits(features):
-            return 3 * features @ self.output.t()
-
-        return Sampling(symbols, replaced, lambda s: self.embedding[s], logits, mask)
-
-
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
-def test_scheduled_sampling(feedback, dropout):
+def test_scheduled_sampling(cell, feedback, dropout):
     """Both backends draw the same symbols, and differentiate as if those had been given."""
-    case = random_case(
-        "lstm", feedback, "additive", steps=8, batch=5, hidden=(3, 5), dropout=dropout
-    )
-    generator = torch.Generator().manual_seed(0)
-    symbols = torch.randint(6, (8, 5), generator=generator)
-    replaced = torch.rand(8, 5, generator=generator) < 0.5
-    replaced[0] = False
-    words = Words(3, 6)
-    mask = None if not dropout else (torch.rand(8, 5, 3, generator=generator) > 0.4).double()
-    grads, fed = [], []
-    for run in (reference.decode, torch_loop.decode):
-        torch.manual_seed(7)
-        found = run(*case.arguments(), words.sampling(symbols, replaced, mask))
-        fed.append(found.symbols)
-        leaves = [words.embedding, *(t for n, t in case.leaves.items() if n != "x")]
-        grads.append(torch.autograd.grad(found.features.square().sum(), leaves))
-    assert torch.equal(*fed)
-    assert torch.equal(fed[0][~replaced], symbols[~replaced])
-    assert (fed[0][replaced] != symbols[replaced]).any()
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-    x = words.embedding[fed[0]] * (1.0 if mask is None else mask)
-    given_x = reference.decode(case.problem, x, *case.arguments()[2:])
-    torch.testing.assert_close(given_x.features, found.features)
-    forced = torch.autograd.grad(given_x.features.square().sum(), leaves)
-    for a, b in zip(grads[1], forced, strict=True):
-        torch.testing.assert_close(a, b)
+    case = random_case(cell, feedback, "additive", steps=8, batch=5, hidden=(3, 5), dropout=dropout)
+    case = sampled(case, dropout=dropout)
+    sampling, expected = case.sampling, outputs_and_gradients(reference.decode, case)
+    assert_close(outputs_and_gradients(torch_loop.decode, case), expected)
+    found = reference.decode(*case.arguments())
+    assert_drawn(case, found, 1e-12)
+    assert torch.equal(torch_loop.decode(*case.arguments()).symbols, found.symbols)
+    assert (found.symbols != sampling.symbols).any()
+    x = sampling.inputs(found.symbols).detach().requires_grad_()
+    forced = case._replace(leaves=case.leaves | {"x": x}, sampling=None)
+    given_x = outputs_and_gradients(reference.decode, forced)
+    dx = given_x.pop("dx") * (1.0 if sampling.mask is None else sampling.mask)
+    given_x.pop("dembedding")  # unused where x is given
+    embedded = torch.zeros_like(sampling.embedding)
+    embedded.index_add_(0, found.symbols.flatten(), dx.flatten(0, 1))
+    embedded[sampling.padding_idx] = 0
+    assert_close({n: expected[n] for n in given_x}, given_x)
+    torch.testing.assert_close(expected["dembedding"], embedded)
 
 
 @torch.no_grad()
 def test_samples_follow_the_prediction():
     """20,000 draws after the same step: frequencies within 5 standard deviations."""
-    words, n = Words(3, 6), 20_000
+    n = 20_000
+    case = sampled(random_case(batch=n, steps=2), 6, probability=1.0)
     features = torch.randn(1, 6, dtype=torch.float64).expand(n, -1)
-    symbols = torch.zeros(2, n, dtype=torch.int64)
-    sampling = words.sampling(symbols, torch.ones(2, n, dtype=torch.bool))
-    drawn = sampling.draw(1, features).bincount(minlength=6) / n
-    p = sampling.logits(features[:1]).softmax(-1)[0]
+    drawn = case.sampling.draw(1, features).bincount(minlength=6) / n
+    p = (features[0] @ case.sampling.weight.mT + case.sampling.bias).softmax(-1)
     assert ((drawn - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_draws_at_the_ends_of_the_interval():
+    """Neither 0 nor the number below 1 takes a symbol that has no probability."""
+    case = sampled(random_case(batch=2, steps=2), 4, probability=1.0)
+    uniform = torch.tensor([[0.0, 0.0], [0.0, 1 - 2.0**-24]])
+    bias = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf], dtype=torch.float64)
+    sampling = case.sampling._replace(uniform=uniform, bias=bias)
+    features = torch.zeros(2, 6, dtype=torch.float64)
+    assert sampling.draw(1, features).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("uniform", [3, 2]), ("replaced", [2, 3]), ("weight", [7, 5]), ("bias", [6]), ("mask", [3])],
+)
+def test_wrong_shapes_of_sampling_are_named(name, shape):
+    case = sampled(random_case())
+    case = case._replace(sampling=case.sampling._replace(**{name: torch.zeros(shape)}))
+    with pytest.raises(ValueError, match=rf"sampling.{name} must have shape .* got "):
+        decode(*case.arguments())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_in_half_precision(backend):
+    """A CPU computes in float32, and draws by numbers that are not rounded."""
+    case = sampled(random_case("lstm", "features", "additive", steps=6, batch=5)).to(torch.bfloat16)
+    found = decode(*case.arguments(), backend=backend)
+    wide = decode(*case.to(torch.float32).arguments(), backend=backend)
+    assert found.features.dtype == torch.bfloat16
+    assert torch.equal(found.symbols, wide.symbols)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -9,8 +9,10 @@ from kernels.attention import FEEDBACKS, decode, launch, ops, reference
 from tests.kernels.attention_cases import (
     KINDS,
     assert_accurate,
+    assert_drawn,
     outputs_and_gradients,
     random_case,
+    sampled,
 )
 from tests.kernels.triton_cases import DEVICE, poison
 
@@ -49,6 +51,66 @@ def test_layers_of_unequal_sizes(cell, feedback, kind):
 def test_layers_in_half_precision(cell, dtype):
     case = random_case(cell, "features", "product", lengths=LENGTHS, dropout=0.3, hidden=(4, 5))
     assert_accurate(ops.decode, case.to(dtype, DEVICE))
+
+
+@pytest.mark.parametrize(("cell", "feedback", "kind"), VARIANTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+def test_scheduled_sampling(cell, feedback, kind, dropout):
+    """The symbols are those that the reference draws in float64; so are results and gradients."""
+    case = random_case(
+        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=dropout,
+        hidden=(3, 5) if kind == "product" else (5,), seed=2,
+    )  # fmt: skip
+    case = sampled(case, dropout=dropout, bias=kind == "product").to(torch.float32, DEVICE)
+    drawn = reference.decode(*case.to(torch.float64, DEVICE).arguments()).symbols
+    assert torch.equal(ops.decode(*case.arguments()).symbols, drawn)
+    assert (drawn != case.sampling.symbols).any()
+    assert_accurate(ops.decode, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_scheduled_sampling_in_half_precision(feedback, dtype):
+    case = sampled(random_case("lstm", feedback, "product", dropout=0.3), dropout=0.3)
+    case = case.to(dtype, DEVICE)
+    assert_accurate(ops.decode, case)
+    assert_drawn(case, ops.decode(*case.arguments()), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("symbols", [1, 32, 257, 700])
+def test_draws_over_tiles_of_symbols(symbols):
+    case = random_case("gru", "context", "product", batch=18, inputs=35, features=34, steps=4)
+    case = sampled(case, symbols, gain=0.3).to(torch.float32, DEVICE)
+    found = ops.decode(*case.arguments())
+    assert_drawn(case, found, 1e-5)
+    drawn = reference.decode(*case.to(torch.float64, DEVICE).arguments()).symbols
+    assert torch.equal(found.symbols, drawn)
+
+
+def test_draws_at_the_ends_of_the_interval():
+    """Neither 0 nor the number below 1 takes a symbol, or a tile, that has no probability."""
+    case = sampled(random_case("gru", "none", "product", batch=2, steps=2), 900, probability=1.0)
+    bias = torch.full((900,), -torch.inf, dtype=torch.float64)
+    bias[300:600] = 0.0
+    uniform = torch.tensor([[0.0, 0.0], [0.0, 1 - 2.0**-24]])
+    weight = torch.zeros_like(case.sampling.weight)
+    sampling = case.sampling._replace(uniform=uniform, bias=bias, weight=weight)
+    found = ops.decode(*case._replace(sampling=sampling).to(torch.float32, DEVICE).arguments())
+    assert found.symbols[1].tolist() == [300, 599]
+
+
+@torch.no_grad()
+def test_draws_follow_the_softmax():
+    """Features of zero leave the bias: 1,008 draws from one distribution, within 5 deviations."""
+    case = random_case("gru", "none", "product", batch=126, steps=9)
+    case = sampled(case, 6, probability=1.0).to(torch.float32, DEVICE)
+    case.leaves["combine"].zero_()
+    uniform = torch.rand(9, 126, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    case = case._replace(sampling=case.sampling._replace(uniform=uniform))
+    drawn = ops.decode(*case.arguments()).symbols[1:]
+    p, n = case.sampling.bias.double().softmax(-1), drawn.numel()
+    found = drawn.flatten().bincount(minlength=6) / n
+    assert ((found - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
@@ -117,7 +179,7 @@ def test_gradient_of_one_result(feedback, only):
         pytest.param("gru", "none", "product", id="gru-none-product"),
     ],
 )
-@pytest.mark.parametrize("hidden", [(5,), (3, 5)], ids=["one-layer", "two-layers"])
+@pytest.mark.parametrize("hidden", [(5,), (3, 5)], ids=["one-layer", "two-layers-sampling"])
 def test_neither_padding_nor_unwritten_memory_is_looked_at(
     cell, feedback, kind, hidden, monkeypatch
 ):
@@ -125,6 +187,7 @@ def test_neither_padding_nor_unwritten_memory_is_looked_at(
     case = random_case(
         cell, feedback, kind, coverage=True, lengths=LENGTHS, dropout=0.3, hidden=hidden
     )
+    case = sampled(case, dropout=0.3) if len(hidden) > 1 else case
     case = case.to(torch.float32, DEVICE)
     padding = (torch.arange(4, device=DEVICE) >= case.lengths[:, None])[..., None]
     expected = outputs_and_gradients(ops.decode, case)
@@ -163,16 +226,18 @@ def arguments_of(case):
 @pytest.mark.parametrize(
     ("cell", "feedback", "kind", "hidden"),
     [("lstm", "features", "additive", (3, 5)), ("gru", "none", "product", (5,))],
-    ids=["lstm-features-additive-two-layers", "gru-none-product"],
+    ids=["lstm-features-additive-two-layers-sampling", "gru-none-product"],
 )
 def test_operators(cell, feedback, kind, hidden):
     case = random_case(
-        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=0.3, steps=1,
+        cell, feedback, kind, coverage=kind == "additive", lengths=LENGTHS, dropout=0.3, steps=2,
         hidden=hidden,
     )  # fmt: skip
-    inputs, start, *rest = arguments_of(case.to(torch.float32))
-    torch.library.opcheck(ops.decoder_op, (inputs, start, *rest))
-    kept = ops.decoder_op(inputs, start, *rest)
+    case = sampled(case) if len(hidden) > 1 else case
+    inputs, start, words, *rest = arguments_of(case.to(torch.float32))
+    assert len(words) == (9 if len(hidden) > 1 else 0)
+    torch.library.opcheck(ops.decoder_op, (inputs, start, words, *rest))
+    kept = ops.decoder_op(inputs, start, words, *rest)
     out = launch.Buffers.of(kept, len(hidden))
     states = launch.Start.of(start, len(hidden))
     grads = launch.Incoming(
@@ -182,7 +247,8 @@ def test_operators(cell, feedback, kind, hidden):
 
 
 @cpu
-def test_compiles_whole():
+@pytest.mark.parametrize("sampling", [False, True], ids=["", "sampling"])
+def test_compiles_whole(sampling):
     def run(x, case):
         problem, _, *rest = case.arguments()
         return ops.decode(problem, x, *rest).features
@@ -191,9 +257,11 @@ def test_compiles_whole():
         "lstm", "features", "additive", coverage=True, steps=2, hidden=(4, 5), dropout=0.3,
         dtype=torch.float32,
     )  # fmt: skip
+    case = sampled(case) if sampling else case
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 3, requires_grad=True)
-    wanted = [x, *(case.leaves[name] for name in ("w_hh_0", "w_ih_1", "b_hh_1"))]
+    names = ("embedding" if sampling else "h_0", "w_ih_0", "w_hh_0", "w_ih_1", "b_hh_1")
+    wanted = [case.leaves[name] for name in names] + ([] if sampling else [x])
     expected = torch.autograd.grad(run(x, case).sum(), wanted)
     actual = torch.autograd.grad(compiled(x, case).sum(), wanted)
     for a, e in zip(actual, expected, strict=True):

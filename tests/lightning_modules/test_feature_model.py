@@ -99,6 +99,12 @@ def test_gradient_flows_through_the_predictions():
     assert first.grad.abs().min() > 0
 
 
+def test_numbers_cannot_be_sampled():
+    x, lengths = frames([4, 6])
+    with pytest.raises(ValueError, match="sampling_probability: expected 0 where numbers"):
+        series()(x, lengths, torch.zeros(2, 3, INPUTS).double(), 0.5)
+
+
 @pytest.mark.parametrize(
     ("sizes", "arguments", "message"),
     [
