@@ -302,7 +302,7 @@ def as_html(sentences: Iterable[Tagged], scheme: str | None = None) -> Iterator[
 
 def _mark(text: str, kind: str, confidence: float | None) -> str:
     title = "" if confidence is None else f' title="confidence {confidence:.4f}"'
-    colour = f"hsl({_hue(kind)} 75% 85%)"
+    colour = f"hsl({_hue(kind)}, 75%, 85%)"
     label = html.escape(kind)
     return f'<mark style="background:{colour}"{title}>{html.escape(text)}<b>{label}</b></mark>'
 
