@@ -25,6 +25,7 @@ from kernels.attention.spec import CELLS
 from kernels.attention.stepper import Parents, advance
 
 from .attention import AdditiveAttention, build_attention, fast_tanh
+from .dropout import Dropout, dropout_mask
 from .stack import LayerState, RecurrentStack
 
 __all__ = [
@@ -252,7 +253,7 @@ class AttentionDecoder(nn.Module):
         self.attention = build_attention(attention, query_size, key_size, coverage)
         if self.attention is not None:
             self.combine = nn.Linear(key_size + query_size, self.features_size, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def covers(self) -> bool:
@@ -466,12 +467,11 @@ class AttentionDecoder(nn.Module):
         parts = [None if c[0] is None else torch.stack(cast(Any, c), 1) for c in columns]
         return DecoderOutput(*cast(Any, parts)), state
 
-    def _ones(self, x: Tensor, size: int) -> Tensor | None:
+    def _mask(self, x: Tensor, size: int) -> Tensor | None:
         """A dropout mask [T, B, size] for x [T, B, *]; None where nothing is dropped."""
         if not self.training or self.dropout.p == 0:
             return None
-        keep = 1 - self.dropout.p
-        return x.new_empty(*x.shape[:2], size).bernoulli_(keep).div_(keep or 1.0)
+        return dropout_mask(x, (*x.shape[:2], size), self.dropout.p)
 
     def _draws(self, x: Tensor, sampling: ScheduledSampling) -> Sampling:
         """Scheduled sampling as the kernels take it; x is [T, B, E]."""
@@ -487,7 +487,7 @@ class AttentionDecoder(nn.Module):
             embedding.weight,
             output.weight,
             output.bias,
-            self._ones(x, x.shape[2]),
+            self._mask(x, x.shape[2]),
             embedding.padding_idx,
         )
 
@@ -521,10 +521,10 @@ class AttentionDecoder(nn.Module):
         assert projected is not None
         x = x.transpose(0, 1)
         drawn = None if sampling is None else self._draws(x, sampling)
-        between = [self._ones(x, size) for size in self.stack.hidden_sizes[:-1]]
+        between = [self._mask(x, size) for size in self.stack.hidden_sizes[:-1]]
         masks = Masks(
             [] if None in between else cast(list[Tensor], between),
-            self._ones(x, self.features_size),
+            self._mask(x, self.features_size),
         )
         found = decode(
             Problem(self.cell, self.feedback),

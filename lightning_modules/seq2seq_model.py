@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fusedrnn import AttentionDecoder, RecurrentStack
 from fusedrnn.attention import Attention, valid_positions
 from fusedrnn.attention_decoder import DecoderState, EncodedSource, ScheduledSampling
+from fusedrnn.dropout import Dropout
 from fusedrnn.saving import saveable
 
 __all__ = ["Bridge", "DecoderState", "EncodedSource", "FrameEmbedding", "Seq2SeqModel"]
@@ -266,7 +267,7 @@ class Seq2SeqModel(nn.Module):
                 "tied_embeddings without attention needs embedding_size == decoder_sizes[-1], "
                 f"got {embedding_size} and {query_size}"
             )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         options: dict[str, Any] = {
             "cell": cell,
             "dropout": dropout,
