@@ -152,7 +152,11 @@ def draw(path: Path) -> Path:
         axis.plot(lengths, digits, ".", color=f"C{number}")
     axis.axvline(LONGEST, color="grey", linestyle="--", label="longest in training")
     axis.axhline(1 / DIGITS, color="grey", linestyle=":", label="chance")
-    axis.set(title="Writing digits backwards", xlabel="digits of the source", ylim=(0, 1.02))
+    axis.set(
+        title="Writing digits backwards (dots: seeds, lines: means)",
+        xlabel="digits of the source",
+        ylim=(0, 1.02),
+    )
     axis.set_ylabel("right digits in their places")
     axis.legend(fontsize="small")
     picture = path.with_suffix(".png")
