@@ -48,6 +48,8 @@ def test_codec_travels():
 def make(seed=0, **arguments):
     torch.manual_seed(seed)
     model = Seq2SeqModel(6, SIZE, copy=True, **{**SIZES, "attention": "additive", **arguments})
+    if model.decoder.covers:
+        torch.nn.init.normal_(model.attention.coverage)  # it starts at zero, where it has no effect
     return model.double().eval()
 
 

@@ -14,7 +14,10 @@ SOURCE, TARGET, BEGIN, END = 9, 8, 2, 3
 def make(seed=0, **arguments):
     torch.manual_seed(seed)
     sizes = {"embedding_size": 5, "encoder_sizes": [4], "decoder_sizes": [8], **arguments}
-    return Seq2SeqModel(SOURCE, TARGET, **sizes).double().eval()
+    model = Seq2SeqModel(SOURCE, TARGET, **sizes)
+    if model.decoder.covers:
+        torch.nn.init.normal_(model.attention.coverage)  # it starts at zero, where it has no effect
+    return model.double().eval()
 
 
 def batch(lengths, steps, seed=0):
@@ -253,13 +256,14 @@ def test_scheduled_sampling_at_its_ends():
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def test_without_feedback_the_decoder_is_called_once():
+def test_without_feedback_layers_and_attention_are_called_once():
     model = make()
     source, lengths, target = batch([3, 5], 6)
     calls = []
-    model.decoder.stack.register_forward_hook(lambda _, args, __: calls.append(args[0].shape))
+    for module in (model.decoder.stack, model.attention):
+        module.register_forward_hook(lambda _, args, __: calls.append(args[0].shape))
     model(source, lengths, target)
-    assert calls == [(2, 6, 5)]
+    assert calls == [(2, 6, 5), (2, 6, 8)]
 
 
 def test_tied_embeddings_share_one_parameter():
@@ -333,8 +337,6 @@ def test_autocast_to_bfloat16(arguments):
 @torch.no_grad()
 def test_hypotheses_that_share_a_source_are_as_with_copies_of_it(arguments):
     model = make(**arguments)
-    if model.decoder.covers:
-        model.attention.coverage.normal_()
     source, lengths, _ = batch([5, 2, 4], 3)
     shared = copied = model.encode(source, lengths)
     symbols = torch.tensor([3, 4, 5, 3, 4, 5])
