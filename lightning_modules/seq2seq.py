@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -83,7 +83,8 @@ class Seq2Seq(Task):
         input_feeding: whether the attention's result enters the decoder cell at the next step.
         tied_embeddings: whether the output layer and the target embeddings share their weights.
         dropout: probability, on embeddings, between layers and before the output.
-        label_smoothing: share of the probability that training spreads over all symbols.
+        label_smoothing: share of the probability that training spreads over all symbols; with a
+            codec that copies, over those of the vocabulary.
         sampling_probability: in training, the probability with which a symbol that the decoder is
             fed is its own guess (scheduled sampling).
         sampling_steps: optimizer steps over which that probability grows linearly from 0.
@@ -162,11 +163,6 @@ class Seq2Seq(Task):
         for name in ("label_smoothing", "sampling_probability"):
             if not 0 <= self.arguments[name] < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {self.arguments[name]}")
-        if codec.sizes.get("copy") and (label_smoothing or sampling_probability):
-            raise ValueError(
-                "label_smoothing, sampling_probability: expected 0 with copy, "
-                f"got {label_smoothing} and {sampling_probability}"
-            )
         if score not in ("per", "bleu"):
             raise ValueError(f"score: expected per or bleu, got {score!r}")
         if max_length_ratio < 0 or max_length_extra < 1:
@@ -221,12 +217,14 @@ class Seq2Seq(Task):
 
     def _loss(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Mean cross entropy over the symbols after `<bos>`, in fp32."""
-        return cross_entropy(
-            logits.flatten(0, 1).float(),
-            target[:, 1:].flatten(),
-            ignore_index=self.codec.target.pad,
-            label_smoothing=smoothing,
-        )
+        numbers, pad = target[:, 1:].flatten(), self.codec.target.pad
+        scores = logits.flatten(0, 1).float()
+        if smoothing == 0 or not self.codec.copy:
+            return cross_entropy(scores, numbers, ignore_index=pad, label_smoothing=smoothing)
+        # none of it to the symbols that other rows alone can copy
+        scores = scores.log_softmax(-1)[numbers != pad]
+        spread = -scores[:, : len(self.codec.target)].mean()
+        return (1 - smoothing) * nll_loss(scores, numbers[numbers != pad]) + smoothing * spread
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Teacher forcing, mixed with the model's own guesses where scheduled."""

@@ -356,7 +356,7 @@ class Seq2SeqModel(nn.Module):
                 numbers are predicted, [B, T, target_inputs].
             sampling_probability: for each symbol after the first, the probability that the decoder
                 is fed a sample of its own prediction in place of `target` (scheduled sampling,
-                Bengio et al. 2015). Symbols only, and not with `copy`.
+                Bengio et al. 2015). Symbols only; with `copy` the decoder goes step by step then.
 
         Returns:
             logits [B, T, K], step t predicting the symbol after `target[:, t]` (or the K numbers of
@@ -366,14 +366,13 @@ class Seq2SeqModel(nn.Module):
         """
         state = self.encode(source, source_lengths)
         if isinstance(state, CopyState):
-            if sampling_probability > 0:
-                raise ValueError("sampling_probability: expected 0 with copy")
-            embedded = self.target_embedding(self._known(target))
-            features, weights = self.decoder.ragged(embedded, state.decoder, _filled(target))
-            assert weights is not None
+            mixed, looks = (
+                self._sample_copies(target, state, sampling_probability)
+                if sampling_probability > 0
+                else self._force_copies(target, state)
+            )
             # 1e-30: a target that nothing points at has a large loss, not an infinite one
-            mixed = self._mix(features, embedded, weights, state.copies, state.size)
-            return mixed.clamp(min=1e-30).log(), weights
+            return mixed.clamp(min=1e-30).log(), looks
         sampling = None
         if sampling_probability > 0:
             if not isinstance(self.target_embedding, nn.Embedding):
@@ -426,13 +425,8 @@ class Seq2SeqModel(nn.Module):
             Log-probabilities [B, K] of the next symbol (float32 or wider), and the new state.
         """
         if isinstance(state, CopyState):
-            embedded = self.target_embedding(self._known(symbols))
-            found, inner = self.decoder.step(embedded, state.decoder)
-            copies = state.copies.repeat_interleave(len(symbols) // len(state.copies), 0)
-            assert found.weights is not None  # copying needs an attention
-            features, weights = found.features[:, None], found.weights[:, None]
-            mixed = self._mix(features, embedded[:, None], weights, copies, state.size)[:, 0]
-            return mixed.log(), state._replace(decoder=inner)
+            mixed, _, state = self._copy_step(symbols, state)
+            return mixed[:, 0].log(), state
         inputs = None
         if symbols.device.type == "cpu":
             symbols, inputs = symbols.unique(return_inverse=True)
@@ -441,6 +435,39 @@ class Seq2SeqModel(nn.Module):
         return torch.log_softmax(
             logits.to(torch.promote_types(logits.dtype, torch.float32)), -1
         ), state
+
+    def _copy_step(self, symbols: Tensor, state: CopyState) -> tuple[Tensor, Tensor, CopyState]:
+        """Probabilities [B, 1, size] after symbols [B], attention weights [B, 1, S], new state."""
+        embedded = self.target_embedding(self._known(symbols))
+        found, inner = self.decoder.step(embedded, state.decoder)
+        copies = state.copies.repeat_interleave(len(symbols) // len(state.copies), 0)
+        assert found.weights is not None  # copying needs an attention
+        features, weights = found.features[:, None], found.weights[:, None]
+        mixed = self._mix(features, embedded[:, None], weights, copies, state.size)
+        return mixed, weights, state._replace(decoder=inner)
+
+    def _force_copies(self, target: Tensor, state: CopyState) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: probabilities [B, T, size] and attention weights [B, T, S]."""
+        embedded = self.target_embedding(self._known(target))
+        features, weights = self.decoder.ragged(embedded, state.decoder, _filled(target))
+        assert weights is not None  # copying needs an attention
+        return self._mix(features, embedded, weights, state.copies, state.size), weights
+
+    def _sample_copies(
+        self, target: Tensor, state: CopyState, probability: float
+    ) -> tuple[Tensor, Tensor]:
+        """Scheduled sampling from what `_mix` returns, copied symbols included, step by step."""
+        replaced = torch.rand(target.shape, device=target.device) < probability
+        steps: list[Tensor] = []
+        looks: list[Tensor] = []
+        for t, symbols in enumerate(target.unbind(1)):
+            if steps:
+                drawn = steps[-1][:, 0].detach().multinomial(1).squeeze(1)
+                symbols = torch.where(replaced[:, t], drawn, symbols)
+            mixed, weights, state = self._copy_step(symbols, state)
+            steps.append(mixed)
+            looks.append(weights)
+        return torch.cat(steps, 1), torch.cat(looks, 1)
 
     def _known(self, symbols: Tensor) -> Tensor:
         """Symbols as they are fed back: those that the vocabulary lacks are unknown."""

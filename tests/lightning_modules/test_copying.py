@@ -170,8 +170,92 @@ def test_loss_of_a_symbol_that_nothing_points_at_is_finite():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
-    with pytest.raises(ValueError, match=r"expected 0 with copy, got 0\.1 and 0\.0"):
-        Seq2Seq(codec(), **SIZES, label_smoothing=0.1)
+
+
+COMBINED = [
+    pytest.param({"cell": cell, "attention": kind, "feedback": feedback}, id=f"{cell}-{kind}")
+    for cell, kind, feedback in (
+        ("lstm", "dot", "features"),
+        ("gru", "general", "context"),
+        ("lstm", "additive", "features"),
+    )
+]
+
+
+@pytest.mark.parametrize("arguments", COMBINED)
+def test_samples_may_be_copies(arguments):
+    """Feedback, coverage, copying and scheduled sampling in one model, all of which learns."""
+    model = make(coverage=True, **arguments)
+    source, lengths, target = batch([4] * 64, lacking=3, steps=6)
+    model.target_embedding.register_forward_pre_hook(lambda _, given: embedded.append(given[0]))
+    fed, step, embedded = [], model._copy_step, []
+    model._copy_step = lambda symbols, state: (fed.append(symbols), step(symbols, state))[1]
+    found, weights = model(source, lengths, target, 0.5)
+    fed = torch.stack(fed, 1)
+    assert torch.equal(torch.stack(embedded, 1), torch.where(fed < SIZE, fed, 1))
+    assert torch.equal(fed[:, 0], target[:, 0])
+    kept = (fed == target)[:, 1:]
+    # half of the symbols are the given ones, and of the others fewer than half by chance
+    assert 0.45 < kept.double().mean() < 0.75
+    assert (kept.any(1) & ~kept.all(1)).double().mean() > 0.8
+    assert (fed[:, 1:][~kept] >= SIZE).any() and (fed[:, 1:][~kept] < SIZE).any()
+    forced, expected = model(source, lengths, fed)
+    counts = fed[:, -1] != 0  # what is given to the end, and so has results to the end
+    assert counts.double().mean() > 0.8
+    torch.testing.assert_close(found[counts], forced[counts])
+    torch.testing.assert_close(weights[counts], expected[counts])
+    leaves = [*model.parameters()]
+    ours, plain = (torch.autograd.grad(f[counts, :, 4:SIZE].sum(), leaves) for f in (found, forced))
+    for (name, _), a, b in zip(model.named_parameters(), ours, plain, strict=True):
+        assert a.any(), name
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_samples_follow_the_mixture():
+    """20,000 draws after the same step: frequencies within 5 standard deviations."""
+    n, model = 20_000, make()
+    source, lengths, target = batch([4], lacking=3, steps=2)
+    fed, step = [], model._copy_step
+    model._copy_step = lambda symbols, state: (fed.append(symbols), step(symbols, state))[1]
+    found, _ = model(source.expand(n, -1, -1), lengths.expand(n), target.expand(n, -1), 1.0)
+    p = found[0, 0].exp()
+    shares = fed[1].bincount(minlength=len(p)) / n
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-12).all()
+
+
+def test_label_smoothing_is_spread_over_the_vocabulary():
+    c = codec()
+    size = len(c.target)
+    model = Seq2Seq(c, **SIZES, label_smoothing=0.1)
+    log_probs = torch.randn(2, 3, size + 2, generator=torch.Generator().manual_seed(0))
+    log_probs = log_probs.log_softmax(-1)
+    target = torch.tensor([[2, 5, size + 1, 0], [2, 4, 6, 3]])
+    losses = [
+        -0.9 * log_probs[b, t, target[b, t + 1]] - 0.1 * log_probs[b, t, :size].mean()
+        for b, t in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))
+    ]
+    torch.testing.assert_close(model._loss(log_probs, target, 0.1), torch.stack(losses).mean())
+
+
+def test_everything_together_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.tsv").write_text("source\ttarget\n" + "\n".join("\t".join(p) for p in PAIRS))
+    data = PairData(train="t.tsv", val="t.tsv", copy=True, batch_size=2)
+    together = {"attention": "general", "feedback": "features", "coverage": True, "dropout": 0.1}
+    together |= {"tied_embeddings": True, "label_smoothing": 0.1, "sampling_probability": 0.3}
+    torch.manual_seed(0)
+    model = Seq2Seq(data.codec, **SIZES, **together, score="per")
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    model.log = lambda *_, **__: None
+    optimizer, losses = torch.optim.Adam(model.parameters(), 0.02), []
+    for _ in range(30):
+        losses.append(model.training_step(batch, 0))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_a_run_copies_words_it_never_saw(tmp_path, monkeypatch):
