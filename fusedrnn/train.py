@@ -316,10 +316,10 @@ def _task_class(path: str) -> Any:
 def _reading(source: str) -> Iterator[TextIO]:
     if source == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="\n")
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="")
         yield sys.stdin
     else:
-        with open(source, encoding="utf-8-sig", newline="\n") as file:
+        with open(source, encoding="utf-8-sig", newline="") as file:
             yield file
 
 
