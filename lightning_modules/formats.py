@@ -146,11 +146,11 @@ def read_columns(
             with `# ` are comments, unless they have a tab or, inside a sentence, as many columns as
             the token before; and one that is `-DOCSTART-` is no token.
         token_column: index of the token; of CoNLL-U it is 1.
-        conllu: whether every line that starts with `#` is a comment, and ranges and empty nodes
-            (`1-2`, `8.1`) are not tokens.
+        conllu: whether only tabs separate, words are numbered, every line that starts with `#` is a
+            comment, and ranges and empty nodes (`1-2`, `8.1`) are not tokens.
 
     Raises:
-        BadLine: a line without that column.
+        BadLine: a line without that column, or, of CoNLL-U, without the number of a word.
     """
     token_column = 1 if conllu else token_column
     width = 0
@@ -165,11 +165,13 @@ def read_columns(
             kept, tokens, rows = [], [], []
             continue
         kept.append(line)
-        cells = line.split("\t") if "\t" in line else line.split()
+        cells = line.split("\t") if "\t" in line or conllu else line.split()
         hash_token = "\t" in line or (bool(tokens) and len(cells) == width)
         comment = line.startswith("#") if conllu else line.startswith("# ") and not hash_token
         if comment or cells[0] == "-DOCSTART-" or (conllu and NOT_A_WORD.fullmatch(cells[0])):
             continue
+        if conllu and not cells[0].isdecimal():
+            raise BadLine(number, f"expected the number of a word and a tab, got {line!r}")
         if not -len(cells) <= token_column < len(cells) or not cells[token_column].strip():
             raise BadLine(number, f"expected a token in column {token_column}, got {line!r}")
         width = len(cells)

@@ -321,7 +321,7 @@ class Tagger(Task):
             batch_size: sentences that are tagged at once.
             tokenizer: how a line of text is cut into words: at `whitespace`, into `words` and
                 punctuation marks, or into `characters`, for scripts without spaces.
-            tags_only: whether to write the tags without the words, as `text`.
+            tags_only: whether to write the tags without the words; of the format `text` alone.
             input_format: `text`, or columns: `conll`, or `conllu`.
             format: `text`: `word/TAG word/TAG ...` for each sentence; `conll`: a column of tags
                 after the token or after the columns that were read; `json`: for each sentence an
@@ -334,7 +334,15 @@ class Tagger(Task):
 
         Yields:
             The results, in order.
+
+        Raises:
+            ValueError: arguments that exclude each other, or a line without a token.
         """
+        if tags_only and (format != "text" or confidence):
+            raise ValueError(
+                "tags_only: expected the format text and no confidence, "
+                f"got format {format}, confidence {confidence}"
+            )
         sources = (
             read_text(lines, tokenizer)
             if input_format == "text"

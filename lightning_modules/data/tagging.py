@@ -91,8 +91,11 @@ class TagSet(NamedTuple):
         scheme: str | None = None,
         encoding: str | None = None,
     ) -> TagSet:
-        """Collect the tags of the training split; arguments as the attributes."""
-        found: set[str] = set()
+        """Collect the tags of the training split, with a scheme also `O`; arguments as above.
+
+        Without `O` tags of BIOES may leave a sentence no legal tags at all, for its length.
+        """
+        found: set[str] = set() if encoding is None else {"O"}
         for names in sentences:
             found.update(names if encoding is None else convert(names, encoding))
         return cls(name, Vocabulary(sorted(found, key=_tag_order), ()), scheme, encoding)
@@ -109,9 +112,9 @@ class TagSet(NamedTuple):
         return [self.tags.index(name, IGNORED) for name in names]
 
     def decode(self, numbers: Sequence[int]) -> list[str]:
-        """Return the tags of a sentence, in `scheme`."""
+        """Return the tags of a sentence, in `scheme` and well-formed."""
         names = self.tags.decode(numbers)
-        return names if self.scheme in (None, self.encoding) else convert(names, str(self.scheme))
+        return names if self.scheme is None else convert(names, self.scheme)
 
 
 class TaggingCodec:

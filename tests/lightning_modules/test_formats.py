@@ -111,6 +111,12 @@ def test_a_line_without_the_column_is_refused(line, column):
         list(read_columns(["a b c", "", line], column))
 
 
+@pytest.mark.parametrize("line", ["a\tNOUN", "1 a b", "x\ta\t_"])
+def test_columns_that_are_not_conllu_are_refused(line):
+    with pytest.raises(BadLine, match="^line 2: expected the number of a word and a tab, got"):
+        list(read_columns(["1\ta\t_", line], conllu=True))
+
+
 TEXT = "Ann Lee  saw <Rome>\tand Lee"
 TAGS = ["B-PER", "I-PER", "O", "B-LOC", "O", "B-PER"]
 SHARES = [0.9, 0.75, 1.0, 0.5, 0.99, 0.25]
@@ -303,6 +309,15 @@ def test_predict_on_columns(checkpoint, tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (["--token_column=7"], "error: in.conll:1: expected a token in column 7, got 'a b'"),
+        (
+            ["--tags_only=true", "--format=json"],
+            "error: tags_only: expected the format text and no confidence, "
+            "got format json, confidence False",
+        ),
+        (
+            ["--input_format=conllu"],
+            "error: in.conll:1: expected the number of a word and a tab, got 'a b'",
+        ),
         (["--format=brat"], "error: format: brat points into raw text, and the input is columns"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedrnn.train import main
-from lightning_modules.data.schemes import chunks
+from lightning_modules.data.schemes import chunks, convert
 from lightning_modules.data.tagging import IGNORED, TaggingData
 from lightning_modules.tagger import Tagger
 
@@ -160,6 +160,29 @@ def test_predict_keeps_empty_lines_and_every_line_end(write, checkpoint, capsys)
     assert [len(line.split()) for line in out.split("\n")] == [1, 0, 0, 0, 1, 0]
     words = predict(capsys, checkpoint, "\ufeffAnn saw".encode())
     assert words.startswith("Ann/")
+
+
+@pytest.mark.parametrize("options", [[], ["--input_format=conll"]], ids=["text", "conll"])
+def test_predict_takes_line_ends_as_training_does(write, checkpoint, capsys, options):
+    write(PLAIN)
+    plain = predict(capsys, checkpoint, b"Ann\nLee\n\nsaw\n\n\nRome\n", *options)
+    assert plain.count("\n") == (3 if options else 7)
+    for odd in (
+        b"Ann\rLee\r\rsaw\r\r\rRome\r",
+        b"Ann\r\nLee\r\n\r\nsaw\r\n\r\n\r\nRome",
+        b"\xef\xbb\xbfAnn\rLee\n\nsaw\r\n\n\rRome\r\n",
+    ):
+        assert predict(capsys, checkpoint, odd, *options) == plain
+
+
+@pytest.mark.parametrize("encoding", ["BIO", "BIOES"])
+def test_training_without_a_word_outside_entities(write, encoding):
+    """Of these tags of BIOES alone none would be legal for one word or for three."""
+    data = write("Ann\tB-PER\nLee\tI-PER\n\nBo\tB-PER\nHo\tI-PER\n", encoding=encoding)
+    tagger = Tagger(data.codec, **SMALL)
+    for found in tagger._find([["Ann"] * size for size in (1, 2, 3)], 2, confidence=True):
+        assert all(0 <= share <= 1 + 1e-5 for share in found.confidences)
+        assert convert(found.tags[0], "BIO") == found.tags[0]
 
 
 def test_tags_that_training_lacks_are_errors_and_not_crashes(write, checkpoint, capsys):

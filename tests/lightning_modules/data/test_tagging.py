@@ -9,8 +9,17 @@ import torch
 
 import lightning_modules.data.tagging as tagging
 from lightning_modules.data.readers import Sentence
-from lightning_modules.data.tagging import CASINGS, IGNORED, TaggingCodec, TaggingData, casing
+from lightning_modules.data.schemes import chunks, convert
+from lightning_modules.data.tagging import (
+    CASINGS,
+    IGNORED,
+    TaggingCodec,
+    TaggingData,
+    TagSet,
+    casing,
+)
 from lightning_modules.data.vectors import Vectors
+from lightning_modules.data.vocabulary import Vocabulary
 
 TRAIN = [
     Sentence(["Ann", "saw", "Bo", "2"], ["B-PER", "O", "B-PER", "O"]),
@@ -110,6 +119,17 @@ def test_schemes_there_and_back(
     assert codec.tags.decode(row.tags) == learnt
     assert codec.tasks[0].decode(row.tags) == written
     assert row.tag_names == gold
+
+
+@pytest.mark.parametrize("scheme", ["BIO", "BIOES"])
+def test_tags_are_written_well_formed_whatever_was_found(scheme: str) -> None:
+    """A softmax may find any: they mark the entities that the score counts."""
+    names = ["O", "B-A", "I-A", "B-B", "I-B"]
+    tags = TagSet("", Vocabulary(names, ()), scheme, "BIO")
+    found = ["O", "I-A", "I-B", "I-B", "B-B", "I-A"]
+    written = tags.decode([names.index(name) for name in found])
+    assert chunks(written) == chunks(found)
+    assert written == convert(found, scheme) != found
 
 
 def test_vectors_add_words_and_survive_without_their_file() -> None:
