@@ -24,9 +24,10 @@ from lightning_modules.data.series import (
     SeriesBatch,
     SeriesCodec,
     calendar,
-    read_numbers,
-    read_times,
+    parse_number,
+    parse_time,
 )
+from lightning_modules.formats import BadLine
 from lightning_modules.reporting import log_figure, spread
 from lightning_modules.seq2seq_model import Seq2SeqModel
 
@@ -107,9 +108,12 @@ class _SeriesTask(Task):
             early, windows, seen = 0, [], []
             for line in chunk:
                 number += 1
-                (cells,) = csv.reader([line]) if line else ([],)
-                if number > 1 or cells[-len(self.codec.columns) :] != self.codec.columns:
-                    self._read_row(cells, number, rows, times)
+                try:
+                    (cells,) = csv.reader([line]) if line else ([],)
+                    if number > 1 or cells[-len(self.codec.columns) :] != self.codec.columns:
+                        self._read_row(cells, rows, times)
+                except (ValueError, csv.Error) as error:
+                    raise BadLine(number, str(error)) from error
                 if len(rows) < self.codec.context:
                     early += 1
                 else:
@@ -119,20 +123,16 @@ class _SeriesTask(Task):
             stacked = torch.stack(windows) if windows else torch.empty(width)
             yield early, stacked.to(self.device), seen
 
-    def _read_row(
-        self, cells: list[str], number: int, rows: deque[Tensor], times: deque[datetime]
-    ) -> None:
+    def _read_row(self, cells: list[str], rows: deque[Tensor], times: deque[datetime]) -> None:
         codec: SeriesCodec = self.codec
         names = [*([] if codec.date_column is None else [codec.date_column]), *codec.columns]
-        place = f"line {number}"
         if len(cells) != len(names):
-            expected = ", ".join(names)
-            raise ValueError(f"{place}: expected {expected}, got {len(cells)} cells")
+            raise ValueError(f"expected {', '.join(names)}, got {len(cells)} cells")
         row = dict(zip(names, cells, strict=True))
-        values = [read_numbers([row[name]], name, place)[0] for name in codec.columns]
+        values = [parse_number(row[name], name) for name in codec.columns]
         rows.append(codec.scale(torch.tensor(values, dtype=torch.float64)).float())
         if codec.date_column is not None:
-            times += read_times([row[codec.date_column]], place)
+            times.append(parse_time(row[codec.date_column]))
 
 
 class Forecaster(_SeriesTask):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,50 +118,46 @@ def calendar(times: Sequence[datetime]) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def read_times(cells: Sequence[Any], source: str) -> list[datetime]:
-    """Read the times of rows.
-
-    Args:
-        cells: times in ISO 8601.
-        source: where they come from, for the message.
+def parse_time(cell: Any) -> datetime:
+    """Read a time in ISO 8601.
 
     Raises:
-        ValueError: a cell is no time, with its row.
+        ValueError: it is none.
     """
-    times = []
+    try:
+        return datetime.fromisoformat(str(cell))
+    except ValueError as error:
+        raise ValueError(f"expected a time such as 2016-07-01 13:00:00, got {cell!r}") from error
+
+
+def parse_number(cell: Any, name: str) -> float:
+    """Read a finite number.
+
+    Args:
+        cell: the number or its text.
+        name: of its column, for the message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number in column {name!r}, got {cell!r}")
+    return number
+
+
+def _read_cells(cells: Sequence[Any], read: Callable[[Any], Any], source: str) -> list[Any]:
+    """Read a column; what is wrong is said with the source and the row, from 1."""
+    values = []
     for number, cell in enumerate(cells, start=1):
         try:
-            times.append(datetime.fromisoformat(str(cell)))
+            values.append(read(cell))
         except ValueError as error:
-            raise ValueError(
-                f"{source}: row {number}: expected a time such as 2016-07-01 13:00:00, got {cell!r}"
-            ) from error
-    return times
-
-
-def read_numbers(cells: Sequence[Any], name: str, source: str) -> list[float]:
-    """Read a column of finite numbers.
-
-    Args:
-        cells: numbers or their text.
-        name: of the column, for the message.
-        source: where it comes from, for the message.
-
-    Raises:
-        ValueError: a cell is no finite number, with its row.
-    """
-    numbers = []
-    for row, cell in enumerate(cells, start=1):
-        try:
-            number = float(cell)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(
-                f"{source}: row {row}: expected a finite number in column {name!r}, got {cell!r}"
-            )
-        numbers.append(number)
-    return numbers
+            raise ValueError(f"{source}: row {number}: {error}") from error
+    return values
 
 
 class _Table(NamedTuple):
@@ -296,11 +292,14 @@ class SeriesData(_Windows):
         if self.columns is None:
             self.columns = [name for name in rows.column_names if name != self.date_column]
         cells = {name: column(rows, name, self.path) for name in self.columns}
-        numbers = [read_numbers(cells[name], name, self.path) for name in self.columns]
+        numbers = [
+            _read_cells(cells[name], partial(parse_number, name=name), self.path)
+            for name in self.columns
+        ]
         times = torch.zeros(len(rows), 0)
         if self.date_column is not None:
             read = column(rows, self.date_column, self.path)
-            times = calendar(read_times(read, self.path))
+            times = calendar(_read_cells(read, parse_time, self.path))
         return _Table(torch.tensor(numbers, dtype=torch.float64).T, times)
 
     def _make_codec(self, mean: list[float], std: list[float]) -> SeriesCodec:
@@ -378,7 +377,10 @@ class AnomalyData(_Windows):
         if self.columns is None:
             self.columns = [name for name in rows.column_names if name != self.label_column]
         names = [*self.columns, self.label_column]
-        cells = [read_numbers(column(rows, n, self.path), n, self.path) for n in names]
+        cells = [
+            _read_cells(column(rows, name, self.path), partial(parse_number, name=name), self.path)
+            for name in names
+        ]
         table = torch.tensor(cells, dtype=torch.float64).T
         return _Table(table[:, :-1], torch.zeros(len(rows), 0), table[:, -1] > 0)
 

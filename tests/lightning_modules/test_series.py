@@ -191,14 +191,20 @@ def test_prediction_is_evaluation_even_in_the_middle_of_training(fitted, table):
     [
         ("2016-07-01,1", "line 2: expected date, a, b, got 2 cells"),
         ("", "line 2: expected date, a, b, got 0 cells"),
-        ("2016-07-01,1,x", "line 2: row 1: expected a finite number in column 'b', got 'x'"),
-        ("noon,1,2", "line 2: row 1: expected a time"),
+        ("2016-07-01,1,x", "line 2: expected a finite number in column 'b', got 'x'"),
+        ("noon,1,2", "line 2: expected a time"),
     ],
     ids=["few", "blank", "text", "time"],
 )
-def test_wrong_rows_are_named(fitted, line, message):
+def test_wrong_rows_are_named(fitted, line, message, tmp_path, capsys):
     with pytest.raises(ValueError, match=message):
         list(fitted[0].predict_lines(["2016-07-01,1,2", line]))
+    (tmp_path / "t.csv").write_text(f"2016-07-01,1,2\n{line}\n")
+    command = ["predict", "--ckpt_path", str(fitted[3] / "model.ckpt")]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--input", str(tmp_path / "t.csv")])
+    named = message.replace("line 2", "t.csv:2")
+    assert f"/{named}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_wrong_arguments_are_named(fitted):
