@@ -113,7 +113,7 @@ def test_a_line_without_the_column_is_refused(line, column):
 
 @pytest.mark.parametrize("line", ["a\tNOUN", "1 a b", "x\ta\t_"])
 def test_columns_that_are_not_conllu_are_refused(line):
-    with pytest.raises(BadLine, match="^line 2: expected the number of a word and a tab, got"):
+    with pytest.raises(BadLine, match=r"^line 2: expected the number of a word and a tab, got"):
         list(read_columns(["1\ta\t_", line], conllu=True))
 
 
