@@ -1,5 +1,6 @@
 """Word vectors in text files and in fastText's models, good and bad, and their cache."""
 
+import base64
 import os
 import struct
 from pathlib import Path
@@ -86,6 +87,31 @@ def model(
     values = [*words.values(), *grams]
     written += struct.pack("<?2q", quantised, len(values), 2)
     return written + b"".join(struct.pack("<2f", x, -x) for x in values) + b"output matrix"
+
+
+WRITTEN_BY_FASTTEXT = base64.b64decode(
+    b"uhZPLwwAAAACAAAABQAAAAIAAAABAAAABQAAAAEAAAACAAAAAgAAAAsAAAACAAAAAwAAAGQAAAAtQxzr4jYaPwQA"
+    b"AAAEAAAAAAAAAFAAAAAAAAAA//////////9rw7ZsbgAUAAAAAAAAAADljJfkuqwAFAAAAAAAAAAAYQAUAAAAAAAA"
+    b"AAA8L3M+ABQAAAAAAAAAAAAPAAAAAAAAAAIAAAAAAAAAoHbUvkaByD774J6+oHbUvkaByD774J6+Qe2ovowCkT7c"
+    b"B/e9w8d6vqQHMz43dI09BLUjvl8UiD0SfIQ+iUSZvRHNK70Xm+U+pgcnPLjwGb7lRbm+cwbDPRZ3hL7ATTC++ZU4"
+    b"PtD1u75Ggo88XNSHPop0875SLlQ+AAQAAAAAAAAAAgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    b"AAAAAA=="
+)
+"""A skip-gram model of fastText 0.9.2 (dim=2, minn=2, maxn=3, bucket=11), and its own vectors."""
+
+ITS_VECTORS = {
+    "köln": (-0.13376961648464203, 0.030386287719011307),
+    "北京": (-0.09146352857351303, -0.08931543678045273),
+    "a": (-0.03931941092014313, -0.012696648016571999),
+    "</s>": (-0.32993510365486145, 0.2832225561141968),
+}
+
+
+def test_model_that_fasttext_wrote(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(WRITTEN_BY_FASTTEXT)
+    words, table = read_vectors(tmp_path / "a.bin")
+    assert words == list(ITS_VECTORS)
+    torch.testing.assert_close(table, torch.tensor(list(ITS_VECTORS.values())))
 
 
 def fnv1a(text: str) -> int:
