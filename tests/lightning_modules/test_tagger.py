@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_modules.base import CheckpointError, Task
 from lightning_modules.data.readers import Sentence
+from lightning_modules.data.schemes import convert
 from lightning_modules.data.tagging import TaggingCodec, TaggingData
 from lightning_modules.tagger import Scores, Tagger, confusion_figure, confusion_table
 
@@ -316,6 +317,28 @@ def test_checkpoints_of_before_character_filters_load(
     torch.save(checkpoint, tmp_path / "before.ckpt")
     loaded = Tagger.load_from_checkpoint(tmp_path / "before.ckpt")
     assert loaded.tag(["we saw Mr Abba"]) == trained[0].tag(["we saw Mr Abba"])
+
+
+@pytest.mark.parametrize("encoding", ["BIO", "BIOES"])
+@pytest.mark.parametrize("scheme", ["BIO", "IOB1", "BIOES"])
+def test_the_crf_keeps_to_the_scheme_that_is_learnt(scheme: str, encoding: str) -> None:
+    """Whatever the emissions; a path that breaks it is impossible."""
+    tags = convert(["O", "B-A", "I-A", "I-A", "B-A", "B-B", "I-B"], scheme)
+    sentence = Sentence([f"w{place}" for place in range(len(tags))], tags)
+    codec = TaggingCodec.from_sentences([sentence], scheme, encoding)
+    torch.manual_seed(0)
+    tagger = Tagger(codec, **SMALL).eval()
+    torch.nn.init.normal_(tagger.model.emission.weight, std=20)
+    batch = codec.batch([codec.encode(sentence)] * 3)
+    emissions = tagger(batch)
+    emissions = emissions + 20 * torch.randn_like(emissions)
+    for path in tagger.model.decode(emissions, batch.lengths):
+        names = codec.tags.decode(path.tolist())
+        assert convert(names, encoding) == names
+    inside = codec.tags.index("I-A")
+    broken = torch.full_like(batch.tags, inside)
+    broken[:, 0] = codec.tags.index("O")
+    assert tagger.model.loss(emissions, broken, batch.lengths)[0] == torch.inf
 
 
 def test_training_never_decodes(data: TaggingData, monkeypatch) -> None:
