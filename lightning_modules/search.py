@@ -531,8 +531,9 @@ class SearchOptions:
                 "expected 1 <= n_best <= beam_size, "
                 f"got n_best={self.n_best}, beam_size={self.beam_size}"
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length: expected at least 1, got {self.max_length}")
+        if self.max_length is not None and self.max_length < max(1, self.min_length):
+            least = f"the min_length of {self.min_length}" if self.min_length > 1 else "1"
+            raise ValueError(f"max_length: expected at least {least}, got {self.max_length}")
 
     def run(
         self,

@@ -575,7 +575,7 @@ class Seq2Seq(Task):
             for number, (text, found) in enumerate(zip(chunk, results, strict=True), first + 1):
                 if drawings is not None and found[0].symbols:
                     self._draw(text, found[0], Path(drawings) / f"{number}.png")
-                yield write(text, found, alignments)
+                yield write(text, found, alignments, n_best > 1)
             first += len(chunk)
 
     def _draw(self, text: str, found: Translation, file: Path) -> None:
@@ -589,12 +589,12 @@ class Seq2Seq(Task):
         figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
-def _as_text(text: str, found: Sequence[Translation], alignments: bool) -> str:
+def _as_text(text: str, found: Sequence[Translation], alignments: bool, scores: bool) -> str:
     """Write results with tabs between."""
     cells = []
     for result in found:
         cells.append(result.text)
-        if len(found) > 1:
+        if scores:
             cells.append(f"{result.score:.4f}")
         if alignments and result.weights is not None:
             best = result.weights[:-1].argmax(-1).tolist() if result.symbols else []
@@ -602,7 +602,7 @@ def _as_text(text: str, found: Sequence[Translation], alignments: bool) -> str:
     return "\t".join(cells)
 
 
-def _as_json(text: str, found: Sequence[Translation], alignments: bool) -> str:
+def _as_json(text: str, found: Sequence[Translation], alignments: bool, scores: bool) -> str:
     """Write results as one object."""
     results: list[dict[str, Any]] = []
     for result in found:

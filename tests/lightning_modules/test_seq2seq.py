@@ -326,6 +326,8 @@ def test_n_best_come_with_their_scores(fitted):
     cells = line.split("\t")
     assert cells[::2] == [text for text, _ in results]
     assert [float(cell) for cell in cells[1::2]] == pytest.approx([s for _, s in results], abs=1e-4)
+    single = model.predict_lines([""], beam_size=4, n_best=3, alignments=True)
+    assert list(single) == ["\t0.0000\t"], "as many cells for each result, few as they may be"
 
 
 def test_samples_depend_on_the_seed_and_the_line_alone(fitted):
@@ -558,6 +560,7 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda m: m.translate(["a"], length_penalty=-1.0), "alpha must be at least 0"),
         (lambda m: [*m.predict_lines(["a"], batch_size=0)], "batch_size: expected at least 1"),
         (lambda m: m.translate(["a"], max_length=0), "max_length: expected at least 1, got 0"),
+        (lambda m: m.translate(["a"], min_length=3, max_length=2), "the min_length of 3, got 2"),
         (lambda m: m.translate(["a"], sampling=True, beam_size=2), "expected 1 when sampling"),
         (lambda m: m.translate(["a"], top_k=2), "top_p: expected only with sampling"),
         (lambda m: m.translate(["a"], sampling=True, n_best=0), "got n_best=0, beam_size=1"),
@@ -570,6 +573,7 @@ def test_wrong_arguments_are_named(arguments, message):
         "penalty",
         "batch of lines",
         "length",
+        "lengths that cross",
         "beam of samples",
         "k without sampling",
         "no samples",

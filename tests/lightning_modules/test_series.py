@@ -9,6 +9,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.metrics import roc_auc_score
 
@@ -177,6 +179,44 @@ def test_forecasts_of_raw_rows(fitted, table):
             torch.tensor(list(json.loads(result).values())), rows.T, atol=1e-4, rtol=1e-4
         )
     assert results == list(model.predict_lines(given, batch_size=100))
+
+
+ALIKE = [
+    pytest.param(Forecaster, {"cell": "gru", "source_stride": 3}, id="forecaster-stride"),
+    pytest.param(Forecaster, {"independent": True, "attention": "dot"}, id="forecaster-columns"),
+    pytest.param(Forecaster, {"autoregressive": True, "input_feeding": True}, id="forecaster-fed"),
+    pytest.param(AnomalyDetector, {"cell": "gru"}, id="detector-gru"),
+    pytest.param(AnomalyDetector, {"bidirectional": True}, id="detector-bidirectional"),
+]
+
+
+@pytest.mark.parametrize(("task", "arguments"), ALIKE)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+@torch.no_grad()
+def test_order_and_batch_size_change_no_output(task, arguments, data):
+    codec = SeriesCodec(["a", "b"], [0.5, 0], [2, 1], ["a", "b"], context=7, horizon=7, season=3)
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    model = task(codec, **{**SMALL, **arguments}).eval()
+    count = data.draw(st.integers(2, 6))
+    source, none = torch.randn(count, 7, 2), torch.zeros(count, 7, 0)
+    order = torch.tensor(data.draw(st.permutations(range(count))))
+    together = model(SeriesBatch(source, none, source, none))
+    moved = model(SeriesBatch(source[order], none, source[order], none))
+    torch.testing.assert_close(moved, together[order])
+    alone = [
+        model(SeriesBatch(*(x[n : n + 1] for x in (source, none, source, none))))
+        for n in range(count)
+    ]
+    torch.testing.assert_close(torch.cat(alone), together)
+    lines = [",".join(f"{x:.4f}" for x in row) for row in source.flatten(0, 1).tolist()]
+    read = []
+    for size in (1, 3, 100):
+        written = [json.loads(line or "null") for line in model.predict_lines(lines, size)]
+        assert written[: codec.context - 1] == [None] * (codec.context - 1)
+        late = written[codec.context - 1 :]
+        read.append(torch.tensor([[*w.values()] if task is Forecaster else [w] for w in late]))
+        torch.testing.assert_close(read[-1], read[0], atol=2e-5, rtol=1e-4)
 
 
 def test_prediction_is_evaluation_even_in_the_middle_of_training(fitted, table):

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusedrnn.train import main
 from lightning_modules import SpeechToText, Task
 from lightning_modules.data.speech import SpeechData
+from lightning_modules.search import SearchOptions
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,45 @@ def test_files_are_read_from_a_checkpoint_alone(trained, folder):
     steps = math.ceil(len(np.load(files[0])) / 3)
     assert weights.shape == (len(spelt[0]) + 1, steps)
     torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention": "none", "cell": "gru", "source_stride": 2},
+        {"attention": "general", "feedback": "features", "source_stride": 3},
+        {"attention": "additive", "feedback": "context", "coverage": True},
+    ],
+    ids=lambda arguments: arguments["attention"],
+)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+@torch.no_grad()
+def test_padding_order_and_batch_size_change_no_output(trained, folder, arguments, data):
+    """Untrained models, whose outputs are long and far from certain."""
+    codec = trained[0].datamodule.codec
+    torch.manual_seed(data.draw(st.integers(0, 50)))
+    sizes = {"embedding_size": 8, "encoder_sizes": [6], "decoder_sizes": [10]}
+    model = SpeechToText(codec, **sizes, **arguments).eval()
+    for parameter in model.parameters():
+        parameter.mul_(3.0)
+    if arguments.get("coverage"):
+        model.model.attention.coverage.normal_()
+    known = sorted(map(str, folder.glob("*_anna_*.npy")))
+    files = data.draw(st.lists(st.sampled_from(known), min_size=2, max_size=4))
+    for options in ({}, {"beam_size": 3, "n_best": 2}):
+        search, size = SearchOptions(**options), data.draw(st.integers(1, 4))
+        together = model.hypotheses(files, search, batch_size=size)
+        for file, row in zip(files, together, strict=True):
+            (alone,) = model.hypotheses([file], search)
+            assert [h.text for h in alone] == [h.text for h in row]
+            scores = [h.score for h in row]
+            assert [h.score for h in alone] == pytest.approx(scores, rel=1e-3, abs=1e-3)
+    frames, lengths = codec.collate_sources([codec.encode_source(file) for file in files])
+    longer = torch.nn.functional.pad(frames, (0, 0, 0, data.draw(st.integers(1, 5))), value=9.0)
+    found, padded = model.decode(frames, lengths), model.decode(longer, lengths)
+    assert padded.sequences(codec.target.eos) == found.sequences(codec.target.eos)
+    torch.testing.assert_close(padded.scores, found.scores, rtol=1e-3, atol=1e-3)
 
 
 def test_a_missing_file_is_one_line(trained, tmp_path, capsys):
