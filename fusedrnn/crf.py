@@ -88,7 +88,9 @@ class CRF(nn.Module):
     log p(y | x) = start[y_0] + sum_t emissions[t, y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_n]
     - log Z(x). With a scheme, the paths it forbids have probability zero: they are left out of Z as
     well as of decoding. All work is in float32 on a GPU and in float64 on a CPU, whatever the dtype
-    of the emissions, under autocast too.
+    of the emissions, under autocast too. Where the scheme allows no path at all (for one word, if
+    neither `O` nor an `S-` of BIOES is among `tags`), log Z is -inf, the best path is -1 throughout,
+    and probabilities are NaN.
 
     Attributes:
         start, end: [K] parameters.
@@ -168,7 +170,7 @@ class CRF(nn.Module):
                 An accelerator checks the values by itself, without a stop.
 
         Returns:
-            [B] float; -inf where `tags` break the scheme.
+            [B] float; -inf where `tags` break the scheme, NaN where all tags would.
 
         Raises:
             TypeError: `lengths` is not an int64 tensor.

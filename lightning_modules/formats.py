@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-from lightning_modules.data.readers import NOT_A_WORD
+from lightning_modules.data.readers import NOT_A_WORD, cells_of
 from lightning_modules.data.schemes import Chunk, chunks
 
 Tokenizer = Literal["whitespace", "words", "characters"]
@@ -142,7 +142,7 @@ def read_columns(
     r"""Read columns, a token a line, with blank lines between sentences.
 
     Args:
-        lines: separated by tabs or, where there is none, by blanks. In columns, lines that start
+        lines: separated by tabs or, where there is none, by spaces. In columns, lines that start
             with `# ` are comments, unless they have a tab or, inside a sentence, as many columns as
             the token before; and one that is `-DOCSTART-` is no token.
         token_column: index of the token; of CoNLL-U it is 1.
@@ -165,7 +165,7 @@ def read_columns(
             kept, tokens, rows = [], [], []
             continue
         kept.append(line)
-        cells = line.split("\t") if "\t" in line or conllu else line.split()
+        cells = cells_of(line, tabs=conllu or "\t" in line)
         hash_token = "\t" in line or (bool(tokens) and len(cells) == width)
         comment = line.startswith("#") if conllu else line.startswith("# ") and not hash_token
         if comment or cells[0] == "-DOCSTART-" or (conllu and NOT_A_WORD.fullmatch(cells[0])):

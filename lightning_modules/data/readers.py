@@ -118,7 +118,7 @@ def read_columns(
     if first is None:
         return _finish([], path)
     tabs = delimiter == "\t" or (delimiter is None and "\t" in first[1].strip())
-    width = len(_cells(first[1], tabs))
+    width = len(cells_of(first[1], tabs))
     for name, place in (("token_column", token_column), ("tag_column", tag_column)):
         if not -width <= place < width:
             raise ValueError(
@@ -127,7 +127,7 @@ def read_columns(
     numbered = token_column % width != 0
     sentences, current = [], Sentence([], [])
     for number, line in lines:
-        cells = _cells(line, tabs)
+        cells = cells_of(line, tabs)
         blank = not line.strip()
         if blank or cells[token_column % len(cells)] == _DOCUMENT:
             sentences.append(current)
@@ -191,7 +191,8 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}: after line {number}: not UTF-8 text: {error}") from None
 
 
-def _cells(line: str, tabs: bool) -> list[str]:
+def cells_of(line: str, tabs: bool) -> list[str]:
+    """Return the columns of a line, between tabs or between runs of spaces and tabs."""
     return line.split("\t") if tabs else re.split("[ \t]+", line.strip(" \t"))
 
 

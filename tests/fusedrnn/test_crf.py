@@ -420,6 +420,25 @@ def test_illegal_gold_path_has_probability_zero() -> None:
     assert likelihood[1].isfinite()
 
 
+def test_a_length_without_a_legal_path() -> None:
+    """It leaves the other rows alone."""
+    torch.manual_seed(0)
+    crf = CRF(2, ["B-X", "E-X"], "BIOES")
+    emissions, lengths = torch.randn(3, 4, 2), torch.tensor([2, 3, 4])
+    gold = torch.tensor([[0, 1, 0, 1]] * 3)
+    possible = torch.tensor([True, False, True])
+    assert (crf.log_partition(emissions, lengths) > -math.inf).equal(possible)
+    likelihood = crf(emissions, gold, lengths)
+    assert likelihood[possible].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert likelihood[1].isnan()
+    paths, scores = crf.decode(emissions, lengths)
+    assert paths.tolist() == [[0, 1, -1, -1], [-1] * 4, [0, 1, 0, 1]]
+    assert scores[1] == -math.inf
+    marginals = crf.marginals(emissions, lengths)
+    assert marginals[1].isnan().all()
+    torch.testing.assert_close(marginals[2].argmax(-1), gold[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_computes_in_float32(dtype: torch.dtype) -> None:
     crf = make(6).float()

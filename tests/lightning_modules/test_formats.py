@@ -95,6 +95,12 @@ def test_columns_keep_their_lines_and_know_their_tokens():
     assert [s.tokens for s in read_columns(COLUMNS[3:4], -1)] == [["O"]]
 
 
+def test_a_token_may_hold_what_is_white_but_no_space():
+    """As in training, where such a line has two columns."""
+    (sentence,) = read_columns(["10\u00a0000 NUM"])
+    assert sentence.tokens == ["10\u00a0000"]
+
+
 def test_conllu_leaves_out_ranges_and_empty_nodes():
     lines = ["# text = Can't", "1-2\tCan't\t_", "1\tCa\t_", "2\tn't\t_", "2.1\tbe\t_"]
     (sentence,) = read_columns(lines, conllu=True)
