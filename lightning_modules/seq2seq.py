@@ -67,7 +67,10 @@ class _Sample(NamedTuple):
 
 
 class Seq2Seq(Task):
-    """Turns one sequence of symbols into another: letters into phonemes, a language into another.
+    """Turns one sequence of symbols into another: letters into phonemes, a text into its summary.
+
+    Summaries, which repeat names and numbers of the text, want a codec that copies (`data.copy`)
+    and `coverage` (See et al., 2017).
 
     Validation and testing decode freely, as in use, and report the teacher-forced loss and symbol
     accuracy beside the score of what was decoded.
@@ -615,7 +618,7 @@ def _as_json(text: str, found: Sequence[Translation], alignments: bool, scores: 
 
 
 class SpeechToText(Seq2Seq):
-    """Turns recordings, or other frames of features, into text.
+    """Turns recordings, or other frames of features, into text: speech, captions of videos.
 
     It is `Seq2Seq` whose sources are files: a line of raw input is the path of one. Its arguments
     are those of `Seq2Seq`.

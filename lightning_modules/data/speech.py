@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_modules.data.batching import lengths
 from lightning_modules.data.module import SPLITS, DataModule
 from lightning_modules.data.pairs import Kind, PairBatch, PairCodec, PairRow, Symbols, collate
+from lightning_modules.data.sources import column, load_rows
 from lightning_modules.data.vocabulary import SPECIALS, Vocabulary
 
 __all__ = ["SpeechCodec", "SpeechData", "log_mel", "read_wav"]
@@ -250,16 +251,18 @@ def _kind(rate: int | None, features: int) -> str:
 
 
 class SpeechData(DataModule):
-    """Recordings, or files of features, whose names tell what is said and by whom.
+    """Recordings, or files of features, and their texts: what is said, or what is to be seen.
 
-    Whole groups (speakers) are kept for validation and testing, so that the scores are of voices
-    never heard in training.
+    The names of the files tell the texts (`pattern`), or a table does (`texts`), as captions of
+    videos need. Whole groups (speakers) are kept for validation and testing, so that the scores are
+    of voices never heard in training.
 
     Args:
         path: a folder of `.wav` files (PCM) or `.npy` files (features [S, features], such as those
             of video or sensors), or an archive of one (`.tar`, `.tar.gz`).
         pattern: regular expression that is searched for in the path of a file below the folder. Its
             group `text` is the text and its group `group` the speaker; other files are left out.
+            None: there are `texts`.
         val: groups for validation.
         test: groups for testing.
         target_symbols: how a text is cut: `characters`, `words`, `separated` or `subwords`.
@@ -270,16 +273,20 @@ class SpeechData(DataModule):
         seed: of the order of the batches.
         num_workers: processes that collate batches.
         subword_count: most subwords of the texts, single characters counted.
+        texts: table (`.tsv`, `.csv`, `.json`, `.jsonl`, `.parquet`) with the columns `file` (below
+            the folder), `text` and `group`, in place of a `pattern`; other files are left out. A
+            file in several rows has several texts: all are learnt, and any of them is right.
 
     Raises:
-        FileNotFoundError: there is no such folder or archive.
-        ValueError: a wrong pattern or group, or a file that cannot be read; the message names it.
+        FileNotFoundError: there is no such folder, archive or table.
+        ValueError: a wrong pattern, group or row, or a file that cannot be read; the message names
+            it.
     """
 
     def __init__(
         self,
         path: str,
-        pattern: str,
+        pattern: str | None,
         val: list[str],
         test: list[str],
         target_symbols: Kind = "words",
@@ -290,22 +297,18 @@ class SpeechData(DataModule):
         seed: int = 0,
         num_workers: int = 0,
         subword_count: int = 1000,
+        texts: str | None = None,
     ) -> None:
         super().__init__(batch_size, max_tokens, seed, num_workers)
         for name, count in (("mels", mels), ("subword_count", subword_count)):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"pattern: not a regular expression: {error}") from error
-        if not {"text", "group"} <= self.pattern.groupindex.keys():
-            raise ValueError(
-                f"pattern: expected groups (?P<text>...) and (?P<group>...), got {pattern!r}"
-            )
+        if (pattern is None) == (texts is None):
+            raise ValueError("pattern, texts: expected one of them")
+        self.pattern = None if pattern is None else _pattern(pattern)
         if set(val) & set(test) or not val or not test:
             raise ValueError(f"val, test: expected different groups for each, got {val} and {test}")
-        self.path, self.target_symbols = path, Symbols(target_symbols)
+        self.path, self.texts, self.target_symbols = path, texts, Symbols(target_symbols)
         self.groups = {"val": val, "test": test}
         self.mels, self.center, self.subword_count = mels, center, subword_count
         self._rate: int | None = None
@@ -314,19 +317,22 @@ class SpeechData(DataModule):
     def splits(self) -> dict[str, list[tuple[Tensor, str, str]]]:
         """Features [S, features], text and file name of `train`, `val` and `test`."""
         splits: dict[str, list[tuple[Tensor, str, str]]] = {split: [] for split in SPLITS}
-        found, first = set(), None
-        for name, file in _files(Path(self.path)):
-            match = self.pattern.search(name)
-            if match is None:
-                continue
-            features, rate = describe(file, self.mels, name)
-            first = (rate, features.shape[1]) if first is None else first
-            if first != (rate, features.shape[1]):
-                got = _kind(rate, features.shape[1])
-                raise ValueError(f"{name}: expected {_kind(*first)} as before, got {got}")
-            found.add(match["group"])
-            split = next((s for s, g in self.groups.items() if match["group"] in g), "train")
-            splits[split].append((features, match["text"], name))
+        read: dict[str, tuple[Tensor, str]] = {}
+        first = None
+        for name, file, text, group in self._texts():
+            if name not in read:
+                features, rate = describe(file, self.mels, name)
+                first = (rate, features.shape[1]) if first is None else first
+                if first != (rate, features.shape[1]):
+                    got = _kind(rate, features.shape[1])
+                    raise ValueError(f"{name}: expected {_kind(*first)} as before, got {got}")
+                read[name] = features, group
+            features, known = read[name]
+            if group != known:
+                raise ValueError(f"{name}: expected one group, got {known!r} and {group!r}")
+            split = next((s for s, g in self.groups.items() if group in g), "train")
+            splits[split].append((features, text, name))
+        found = {group for _, group in read.values()}
         for split, groups in self.groups.items():
             absent = [group for group in groups if group not in found]
             if absent:
@@ -360,23 +366,56 @@ class SpeechData(DataModule):
         plain.std = torch.where(std > 0, std, 1.0).tolist()
         return plain
 
+    def _texts(self) -> Iterator[tuple[str, Path | io.BytesIO, str, str]]:
+        """Yield name and content of a file, a text of it and its group."""
+        files = _files(Path(self.path))
+        if self.pattern is not None:
+            for name, file in files:
+                match = self.pattern.search(name)
+                if match is not None:
+                    yield name, file, match["text"], match["group"]
+            return
+        table, contents = str(self.texts), dict(files)
+        rows = load_rows(table)
+        cells = [column(rows, name, table) for name in ("file", "text", "group")]
+        for number, (name, text, group) in enumerate(zip(*cells, strict=True), start=1):
+            if name not in contents:
+                raise ValueError(f"{table}: row {number}: no file {name!r} in {self.path}")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{table}: row {number}: expected a text, got {text!r}")
+            yield name, contents[name], text, str(group)
+
     def _encode(self, split: str) -> list[PairRow]:
-        codec, training = self.codec, split == "train"
-        return [
-            PairRow(
-                codec.scale(features),
-                codec.encode_target(text),
-                name,
-                None if training else [codec.target_symbols.split(text)],
-            )
+        codec, split_text = self.codec, self.codec.target_symbols.split
+        rows = [
+            PairRow(codec.scale(features), codec.encode_target(text), name, None)
             for features, text, name in self.splits[split]
         ]
+        if split == "train":
+            return rows
+        answers: dict[str, list[list[str]]] = {}
+        for _, text, name in self.splits[split]:
+            answers.setdefault(name, []).append(split_text(text))
+        firsts = {row.text: row for row in reversed(rows)}
+        return [firsts[name]._replace(references=found) for name, found in answers.items()]
 
     def _sizes(self, rows: list[PairRow]) -> list[int]:
         return [len(row.source) for row in rows]
 
     def _collate(self, split: str) -> Callable[[list[PairRow]], PairBatch]:
         return partial(collate, self.codec)
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern: not a regular expression: {error}") from error
+    if not {"text", "group"} <= compiled.groupindex.keys():
+        raise ValueError(
+            f"pattern: expected groups (?P<text>...) and (?P<group>...), got {pattern!r}"
+        )
+    return compiled
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:

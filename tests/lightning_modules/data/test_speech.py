@@ -134,6 +134,67 @@ def test_archives_are_read_as_folders(folder, tmp_path, suffix):
         assert torch.equal(a, b)
 
 
+CAPTIONS = """file\ttext\tgroup
+0_anna_0.wav\ta low tone\ttrain
+0_anna_0.wav\ta tone, low\ttrain
+1_anna_0.wav\ta high tone\ttrain
+0_ben_0.wav\ta low tone\tval
+1_ben_0.wav\ta high tone\tval
+0_ben_0.wav\tlow, a tone\tval
+1_cleo_1.wav\thigh\ttest
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_texts_of_a_table(folder, tmp_path, packed):
+    """As captions are: several for a file, each of them learnt, and all of them right."""
+    (tmp_path / "t.tsv").write_text(CAPTIONS)
+    if packed:
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            for file in folder.glob("*.wav"):
+                archive.add(file, file.name)
+    options = {"pattern": None, "texts": str(tmp_path / "t.tsv"), "val": ["val"], "test": ["test"]}
+    data = make(tmp_path / "all.tar" if packed else folder, **options, batch_size=9)
+    data.setup("fit")
+    (train,) = data.train_dataloader()
+    assert sorted(
+        " ".join(data.codec.decode_target(row[1 : n - 1].tolist()))
+        for row, n in zip(train.target, train.target_lengths, strict=True)
+    ) == ["a high tone", "a low tone", "a tone, low"]
+    rows = [
+        (text, (answers, data.codec.target.decode(target.tolist()), source))
+        for batch in data.val_dataloader()
+        for text, answers, target, source in zip(
+            batch.texts, batch.references, batch.target, batch.source, strict=True
+        )
+    ]
+    assert sorted(text for text, _ in rows) == ["0_ben_0.wav", "1_ben_0.wav"]
+    answers, target, source = dict(rows)["0_ben_0.wav"]
+    assert answers == [["a", "low", "tone"], ["low,", "a", "tone"]]
+    assert target == ["<bos>", "a", "low", "tone", "<eos>"]
+    expected = data.codec.scale(log_mel(*read_wav(folder / "0_ben_0.wav"), 10))
+    torch.testing.assert_close(source[: len(expected)], expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("2_ben_0.wav\thigh\tval", r"t\.tsv: row 8: no file '2_ben_0.wav' in "),
+        ("0_ben_1.wav\t \tval", r"t\.tsv: row 8: expected a text, got ' '"),
+        ("0_ben_0.wav\tlow\ttest", "0_ben_0.wav: expected one group, got 'val' and 'test'"),
+        ("0_ben_0.wav\tlow", r"t\.tsv:9: expected 3 columns \(file, text, group\), got 2"),
+    ],
+    ids=["file", "text", "group", "ragged"],
+)
+def test_wrong_rows_of_texts_are_named(folder, tmp_path, row, message):
+    (tmp_path / "t.tsv").write_text(CAPTIONS + row + "\n")
+    options = {"pattern": None, "texts": str(tmp_path / "t.tsv"), "val": ["val"], "test": ["test"]}
+    with pytest.raises(ValueError, match=message):
+        make(folder, **options).setup("fit")
+    with pytest.raises(ValueError, match="pattern, texts: expected one of them"):
+        make(folder, texts="t.tsv")
+
+
 def test_batches(folder):
     data = make(folder, batch_size=2)
     data.setup("fit")
