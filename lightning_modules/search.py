@@ -262,12 +262,7 @@ def sample(
         ValueError: an argument is out of range.
     """
     _check(limits, alpha)
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected more than 0, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+    _check_sampling(temperature, top_k, top_p)
     size, count, longest = draws.shape
     if size != len(limits) or longest < int(limits.max()):
         raise ValueError(
@@ -487,6 +482,15 @@ def _check(limits: Tensor, alpha: float) -> None:
         raise ValueError(f"alpha must be at least 0 (the stop rule needs it), got {alpha}")
 
 
+def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+
+
 @dataclass(frozen=True)
 class SearchOptions:
     """Which search to run, and how.
@@ -531,6 +535,10 @@ class SearchOptions:
                 "expected 1 <= n_best <= beam_size, "
                 f"got n_best={self.n_best}, beam_size={self.beam_size}"
             )
+        if self.length_penalty < 0:  # the stop rule of beam search needs it
+            raise ValueError(f"length_penalty: expected at least 0, got {self.length_penalty}")
+        _check_sampling(self.temperature, self.top_k, self.top_p)
+        Constraints(self.min_length, self.no_repeat_ngram_size)  # checks them
         if self.max_length is not None and self.max_length < max(1, self.min_length):
             least = f"the min_length of {self.min_length}" if self.min_length > 1 else "1"
             raise ValueError(f"max_length: expected at least {least}, got {self.max_length}")
