@@ -89,8 +89,8 @@ class CRF(nn.Module):
     - log Z(x). With a scheme, the paths it forbids have probability zero: they are left out of Z as
     well as of decoding. All work is in float32 on a GPU and in float64 on a CPU, whatever the dtype
     of the emissions, under autocast too. Where the scheme allows no path at all (for one word, if
-    neither `O` nor an `S-` of BIOES is among `tags`), log Z is -inf, the best path is -1 throughout,
-    and probabilities are NaN.
+    neither `O` nor an `S-` of BIOES is among `tags`), log Z is -inf, the best path -1 throughout,
+    and probabilities mean nothing.
 
     Attributes:
         start, end: [K] parameters.

@@ -434,9 +434,7 @@ def test_a_length_without_a_legal_path() -> None:
     paths, scores = crf.decode(emissions, lengths)
     assert paths.tolist() == [[0, 1, -1, -1], [-1] * 4, [0, 1, 0, 1]]
     assert scores[1] == -math.inf
-    marginals = crf.marginals(emissions, lengths)
-    assert marginals[1].isnan().all()
-    torch.testing.assert_close(marginals[2].argmax(-1), gold[2])
+    assert crf.marginals(emissions, lengths)[2].argmax(-1).tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -146,6 +146,22 @@ def test_vectors_add_words_and_survive_without_their_file() -> None:
     assert restored.word("Paris") == codec.word("Paris") >= codec.known_words
 
 
+def test_words_without_a_vector_are_reported(tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tagging, "rank_zero_info", said.append)
+    (tmp_path / "a.conll").write_text("red A\ntwo B\n")
+    (tmp_path / "b.conll").write_text("blue A\nsix B\n")
+    (tmp_path / "v.txt").write_text("red 1 0\nblue 0 1\n")
+    train, val, vectors = (str(tmp_path / name) for name in ("a.conll", "b.conll", "v.txt"))
+    assert TaggingData(train=train, val=val, vectors=vectors).codec.vectors is not None
+    share = "no vector for 1 of 2 words (50.0 %) and 1 of 2 distinct words (50.0 %), such as"
+    assert said == [
+        f"{vectors}: train: {share} two",
+        f"{vectors}: val: {share} six",
+        f"{vectors}: 1 words beyond the training split have vectors",
+    ]
+
+
 def test_codec_survives_plain_data() -> None:
     codec = ner(encoding="BIOES", lowercase=True, digits=True, max_characters=9)
     restored = TaggingCodec.from_dict(codec.to_dict())
@@ -302,6 +318,14 @@ def test_evaluation_needs_no_training_split_once_it_has_a_codec(files: dict[str,
     data.codec = codec
     data.setup("test")
     assert sum(batch.num_tokens for batch in data.test_dataloader()) == 5
+
+
+def test_sentences_left_out_for_their_length_are_counted(tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tagging, "rank_zero_info", said.append)
+    (tmp_path / "a").write_text("a O\nb O\nc O\n\na O\n\nb O\nc O\nd O\n")
+    TaggingData(train=str(tmp_path / "a"), val=str(tmp_path / "a"), max_length=2).setup("fit")
+    assert said == ["2 sentences longer than 2 words left out"]
 
 
 def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
