@@ -51,7 +51,7 @@ def decode(
             or "auto": triton on a GPU for what it has, torch for everything else. Results have x's
             dtype, or autocast's.
         counts: how many of the first rows mean something at each step, not growing; None: all. The
-            backend torch leaves the others out.
+            backend torch leaves the others out. Not with `sampling`.
 
     Returns:
         Everything a step computes, for all steps.
@@ -62,6 +62,8 @@ def decode(
     _check(problem, x, keys, projected, lengths, weights, states)
     inside, outside = precision(x)
     if sampling is not None:
+        if counts is not None:
+            raise ValueError("counts: expected None with sampling")
         _check_sampling(sampling, x, weights)
         names = ("embedding", "weight", "bias", "mask")
         sampling = sampling._replace(**{n: _cast(getattr(sampling, n), inside) for n in names})

@@ -287,6 +287,11 @@ def test_wrong_shapes_of_sampling_are_named(name, shape):
         decode(*case.arguments())
 
 
+def test_sampling_goes_with_whole_rows_alone():
+    with pytest.raises(ValueError, match="counts: expected None with sampling"):
+        decode(*sampled(random_case()).arguments(), counts=[3, 2, 1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampling_in_half_precision(backend):
     """A CPU computes in float32, and draws by numbers that are not rounded."""
