@@ -276,6 +276,8 @@ class LastCheckpoint(ModelCheckpoint):
         ends = trainer.should_stop or trainer.global_step == trainer.max_steps
         trying = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         if ends and not trainer.is_last_batch and not trying:
+            for callback in trainer.early_stopping_callbacks:
+                callback.strict = False  # of an epoch cut short there may be no score
             path = self.format_checkpoint_name(self._monitor_candidates(trainer))
             self._save_checkpoint(trainer, path)
 

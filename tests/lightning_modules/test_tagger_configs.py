@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from fusedrnn.train import main
 
@@ -88,6 +89,22 @@ def test_config(
     first, second = capsys.readouterr().out.splitlines()
     assert len(first.split()) == 3
     assert second == ""
+
+
+def test_a_run_that_is_cut_short_before_its_first_validation_goes_on(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config", "ner", *QUICK, *columns(tmp_path), "--data.batch_size=4"]
+    main(fit)
+    main([*fit, "--trainer.max_steps=1"])
+    last = "runs/ner/version_{}/checkpoints/last.ckpt".format
+    main([*fit, "--ckpt_path", last(1)])
+    whole, cut, resumed = (torch.load(last(run), weights_only=True) for run in range(3))
+    assert cut["global_step"] == 1
+    assert whole["global_step"] == resumed["global_step"] == 3
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
 
 
 def test_tasks_of_a_treebank_together(tmp_path: Path, monkeypatch, capsys) -> None:
