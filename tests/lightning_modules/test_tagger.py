@@ -341,6 +341,26 @@ def test_the_crf_keeps_to_the_scheme_that_is_learnt(scheme: str, encoding: str) 
     assert tagger.model.loss(emissions, broken, batch.lengths)[0] == torch.inf
 
 
+def test_words_that_occur_once_are_taken_for_unknown_ones_in_training() -> None:
+    sentence = Sentence(["the", "The", "cat", "sat"], ["X"] * 4)
+    codec = TaggingCodec.from_sentences([sentence], lowercase=True)
+    tagger = Tagger(codec, **SMALL, unk_probability=0.999).train()
+    torch.manual_seed(0)
+    (forgotten,) = tagger.model._forget(codec.batch([codec.encode(sentence)]).words)
+    unknown = codec.words.unk
+    assert [number == unknown for number in forgotten.tolist()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("casing_size", [0, 3])
+def test_casing_tells_words_apart_that_are_looked_up_alike(casing_size: int) -> None:
+    sentences = [Sentence([token], ["X"]) for token in ("ann", "Ann", "ANN")]
+    codec = TaggingCodec.from_sentences(sentences, lowercase=True)
+    sizes = SMALL | {"character_hidden_size": 0, "casing_size": casing_size}
+    tagger = Tagger(codec, **sizes).eval()
+    encoded = tagger.model.encode(*codec.batch([codec.encode(s) for s in sentences])[:6])
+    assert len({tuple(row.flatten().tolist()) for row in encoded}) == (3 if casing_size else 1)
+
+
 def test_training_never_decodes(data: TaggingData, monkeypatch) -> None:
     """AllenNLP's tagger runs Viterbi at every training step; its result is thrown away."""
     tagger = Tagger(data.codec, **SMALL).train()
