@@ -1,5 +1,6 @@
 """The tagger as a whole: learns, scores, is stored, and tags raw text."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -359,6 +360,37 @@ def test_casing_tells_words_apart_that_are_looked_up_alike(casing_size: int) -> 
     tagger = Tagger(codec, **sizes).eval()
     encoded = tagger.model.encode(*codec.batch([codec.encode(s) for s in sentences])[:6])
     assert len({tuple(row.flatten().tolist()) for row in encoded}) == (3 if casing_size else 1)
+
+
+@pytest.mark.parametrize("head", ["crf", "softmax"])
+@pytest.mark.parametrize(("algorithm", "order"), [(None, 2), ("value", float("inf"))])
+def test_low_precision_clips_for_a_fused_optimizer_too(
+    data: TaggingData, head: str, algorithm: str | None, order: float
+) -> None:
+    norms = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, _, module, *rest):
+            gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+            norms.append(torch.linalg.vector_norm(torch.cat(gradients), order).item())
+
+    run = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        gradient_clip_val=1e-3,
+        gradient_clip_algorithm=algorithm,
+        max_steps=2,
+        limit_val_batches=1,
+        callbacks=Watch(),
+        use_distributed_sampler=False,
+        **dict.fromkeys(
+            ["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"],
+            False,
+        ),
+    )
+    fused = functools.partial(torch.optim.AdamW, fused=True)
+    run.fit(Tagger(data.codec, **SMALL, head=head, optimizer=fused), data)
+    assert norms == pytest.approx([1e-3] * 2, rel=1e-2)
 
 
 def test_training_never_decodes(data: TaggingData, monkeypatch) -> None:
