@@ -74,10 +74,11 @@ def _entry(path: Path, limit: int | None) -> Path:
 def read_vectors(path: str | Path, limit: int | None = None) -> Vectors:
     """Read word vectors in the text format of GloVe, fastText (`.vec`) and word2vec, or in `.bin`.
 
-    In text, a first line of two whole numbers (count and width) is a header. A word may hold
-    spaces, as some do in GloVe. The first vector of a word counts. A file whose name ends in `.bin`
-    is a model of fastText: the vector of a word is the mean of its own and of those of its
-    character n-grams (Bojanowski et al. 2017), which is what fastText writes into `.vec`.
+    In text, a first line of two whole numbers (count and width) is a header; fewer vectors than it
+    says make a warning. A word may hold spaces, as some do in GloVe. The first vector of a word
+    counts. A file whose name ends in `.bin` is a model of fastText: the vector of a word is the
+    mean of its own and of those of its character n-grams (Bojanowski et al. 2017), which is what
+    fastText writes into `.vec`.
 
     Args:
         path: the file; text in UTF-8.
@@ -94,12 +95,12 @@ def read_vectors(path: str | Path, limit: int | None = None) -> Vectors:
     if Path(path).suffix == ".bin":
         return _read_binary(Path(path), limit)
     rows: dict[str, int] = {}
-    values, width = array("f"), None
+    values, width, number, announced = array("f"), None, 0, None
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             cells = line.rstrip().split(" ")
             if number == 1 and len(cells) == 2 and all(cell.isdecimal() for cell in cells):
-                width = int(cells[1])
+                announced, width = int(cells[0]), int(cells[1])
                 continue
             if limit is not None and len(rows) >= limit:
                 break
@@ -108,6 +109,9 @@ def read_vectors(path: str | Path, limit: int | None = None) -> Vectors:
             if word not in rows:
                 rows[word] = len(rows)
                 values.extend(numbers)
+        else:
+            if announced is not None and announced > number - 1:
+                rank_zero_warn(f"{path}: the first line says {announced} vectors, got {number - 1}")
     if not rows:
         raise ValueError(f"{path}: expected word vectors, got none")
     return Vectors(list(rows), torch.tensor(values).view(len(rows), -1))

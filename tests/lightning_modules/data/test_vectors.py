@@ -3,6 +3,7 @@
 import base64
 import os
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_reads(write, header: str) -> None:
     assert words == ["the", ". . .", "1984"]
     expected = torch.tensor([[0.1, -0.2, 3], [1e-3, 0, 5], [0, 0, 1]])
     torch.testing.assert_close(table, expected)
+
+
+def test_a_file_that_is_cut_short_is_noticed(write) -> None:
+    path = write("5 3\n" + TEXT)
+    with pytest.warns(UserWarning, match="the first line says 5 vectors, got 4"):
+        read_vectors(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_vectors(path, limit=2)
+        read_vectors(write("4 3\n" + TEXT))
 
 
 def test_limit(write) -> None:
