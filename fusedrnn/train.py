@@ -121,6 +121,8 @@ class CLI(LightningCLI):
         if self.checkpoint is not None:
             self.model.check(self.checkpoint, self.config[self.config.subcommand].ckpt_path)
             self.checkpoint = None
+        if self.config.subcommand == "fit" and isinstance(self.model, Task):
+            _check_monitors(self.trainer, self.model)
         if hasattr(type(self.datamodule), "codec"):  # one that needs no process group
             self.datamodule.setup(self.config.subcommand)
 
@@ -173,6 +175,16 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
         if isinstance(callback, LastCheckpoint) and callback.received is not None:
             raise SystemExit(128 + callback.received)  # as the shell says of what a signal ended
     return cli
+
+
+def _check_monitors(trainer: L.Trainer, task: Task) -> None:
+    """Refuse a callback that would look for a score after an epoch, and not find it."""
+    names = task.score_names
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        monitor = getattr(callback, "monitor", None)
+        if names and str(monitor).startswith("val/") and monitor not in names:
+            known, kind = ", ".join(sorted(names)), type(callback).__name__
+            _fail(ValueError(f"monitor of {kind}: expected one of {known}, got {monitor!r}"))
 
 
 def predict(args: Sequence[str]) -> None:

@@ -167,6 +167,12 @@ class Task(L.LightningModule):
     def _scores(self, stage: str) -> Any:
         return self.scores[stage] if stage in self.scores else nn.ModuleDict()
 
+    @property
+    def score_names(self) -> set[str]:
+        """Names under which validation logs its scores; none where a task does not say."""
+        scores = self._scores("val")
+        return {f"val/{name}" for name in scores} if isinstance(scores, nn.ModuleDict) else set()
+
     def _log_scores(self, stage: str, size: int) -> None:
         """Log each metric of a stage under its name, over a batch of `size` rows."""
         for name, metric in self._scores(stage).items():

@@ -159,6 +159,16 @@ class Tagger(Task):
         self._samples: list[list[str]] = []
         self._confusions: list[Tensor] = []
 
+    @property
+    def score_names(self) -> set[str]:
+        """Names under which validation logs its scores."""
+        return {
+            f"{f'val/{task.name}'.rstrip('/')}/{name}"
+            for task in self.codec.tasks
+            for name in ("loss", "accuracy", "precision", "recall", "f1")
+            if task.scheme is not None or name in ("loss", "accuracy")
+        }
+
     def forward(self, batch: TaggingBatch) -> Tensor:
         """Scores the tags of each word of a batch in the first task: [B, T, K]."""
         return self.model(*batch[:6])

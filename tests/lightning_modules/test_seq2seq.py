@@ -82,8 +82,8 @@ def test_it_learns_and_logs(fitted):
     assert logged["val/accuracy"] > 0.95
     with open(folder / "metrics.csv") as file:
         columns = next(csv.reader(file))
-    names = {"train/loss", "val/loss", "val/accuracy", "val/per", "val/wer"}
-    assert names <= set(columns)
+    assert fitted[0].score_names == {"val/loss", "val/accuracy", "val/per", "val/wer"}
+    assert {"train/loss", *fitted[0].score_names} <= set(columns)
 
 
 @pytest.mark.parametrize("beam", [1, 3], ids=["greedy", "beam"])
@@ -613,6 +613,18 @@ def test_packaged_configs_run(here, files, name):
     assert isinstance(cli.model, Seq2Seq) and isinstance(cli.datamodule, PairData)
     assert torch.isfinite(cli.trainer.callback_metrics["val/loss"])
     assert f"val/{cli.model.score}" in cli.trainer.callback_metrics
+
+
+def test_a_score_that_is_not_computed_cannot_be_waited_for(here, files, capsys):
+    """The configuration waits for val/per; a run would find out after its first epoch."""
+    options = ["--data.dataset=null", "--trainer.accelerator=cpu", "--model.score=bleu"]
+    options += [f"--data.{split}={place}" for split, place in files.items()]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "g2p", *options])
+    known = "val/accuracy, val/bleu, val/bleu_lowercase, val/loss"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: monitor of EarlyStopping: expected one of {known}, got 'val/per'"
+    assert not Path("runs").exists()
 
 
 def test_command_line_from_training_to_use(here, files, capsys):

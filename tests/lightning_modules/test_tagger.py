@@ -83,6 +83,7 @@ def test_learns_and_logs(
     tagger, folder = trained
     (scores,) = trainer(folder / "test").test(tagger, data, verbose=False)
     assert set(scores) == {f"test/{n}" for n in ("loss", "accuracy", "precision", "recall", "f1")}
+    assert tagger.score_names == {name.replace("test/", "val/") for name in scores}
     assert scores["test/f1"] > 0.95
     assert scores["test/accuracy"] > 0.97
     header = (folder / "metrics.csv").read_text().splitlines()[0]
@@ -283,6 +284,7 @@ def test_tasks_learnt_together(tmp_path: Path) -> None:
     (scores,) = trainer(tmp_path / "validate").validate(tagger, data, verbose=False)
     for name in ("accuracy", "xpos/accuracy", "feats/accuracy"):
         assert scores[f"val/{name}"] > 0.9
+    assert tagger.score_names == set(scores)
     assert tagger.monitor == "val/accuracy"
     logged = {path.relative_to(tmp_path / "media").parent for path in tmp_path.rglob("*.csv")
               if "media" in path.parts and "validate" not in path.parts}  # fmt: skip
