@@ -229,6 +229,42 @@ def test_variational_dropout_everywhere() -> None:
     assert not torch.equal(kept, kept[:, :1].expand_as(kept))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cell": "gru"},
+        {"residual": True},
+        {"layer_norm": True},
+        {"recurrent_dropout": 0.5},
+        {"character_dropout": 0.5},
+        {"word_dropout": 0.9},
+        {"unk_probability": 0.9},
+        {"character_filters": 3},
+        {"casing_size": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_reaches_the_network(options: dict) -> None:
+    found = []
+    for chosen in ({}, options):
+        model = make(hidden_sizes=[7, 7], dropout=0.0, first_rare=6, **chosen).train()
+        torch.manual_seed(1)
+        found.append(model.encode(*batch([6, 4])))
+    assert not torch.allclose(*found)
+
+
+def test_dropout_before_between_and_after_the_layers() -> None:
+    """Half of the last layer's output is zero, and of what each layer gets."""
+    model = make(dropout=0.5, hidden_sizes=[40, 40]).train()
+    inputs: list[Tensor] = []
+    for layer in model.stack.layers:
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    encoded = model.encode(*batch([6] * 20))
+    assert len(inputs) == 2
+    for value in (*inputs, encoded):
+        assert 0.4 < float((value == 0).float().mean()) < 0.6
+
+
 def test_heads_of_several_tasks() -> None:
     model = make(other_tasks=[(["X", "Y"], None), (TAGS, "BIO")], head=["crf", "softmax", "crf"])
     first, second, third = model.heads
