@@ -184,7 +184,7 @@ WORDS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1).filt
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(
         st.lists(st.tuples(WORDS, st.sampled_from(["O", "B-A", "I-A"])), min_size=1), min_size=1
