@@ -20,6 +20,7 @@ import jsonargparse
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
@@ -123,6 +124,9 @@ class CLI(LightningCLI):
             self.checkpoint = None
         if self.config.subcommand == "fit" and isinstance(self.model, Task):
             _check_monitors(self.trainer, self.model)
+        if not self.trainer.loggers:  # the monitor that configurations come with would raise
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+            callbacks[:] = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         if hasattr(type(self.datamodule), "codec"):  # one that needs no process group
             self.datamodule.setup(self.config.subcommand)
 

@@ -159,6 +159,12 @@ def test_stored_configuration_repeats_the_run(fitted):
     assert rows(0) == rows(1)
 
 
+def test_a_run_without_loggers(here):
+    main(["fit", "--config", "toy.yaml", "--trainer.logger", "false"])
+    assert Path("checkpoints/best.ckpt").exists()
+    assert not Path("runs").exists()
+
+
 def test_wandb_gets_the_configuration(here, monkeypatch):
     (here / "toy.yaml").write_text(CONFIG.replace("callbacks:", "  - RunLogger\n  callbacks:", 1))
     kept = []
