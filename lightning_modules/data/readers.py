@@ -22,7 +22,7 @@ CONLLU_COLUMNS = (
 
 NOT_A_WORD = re.compile(r"\d+[-.]\d+")
 """The number of a range of words or of an empty node in CoNLL-U."""
-_SEVERAL = re.compile("[|+,;/][BIESLU]-")
+_SEVERAL = re.compile("[|+,;/(#][BIESLU]-|#O$")
 _DOCUMENT = "-DOCSTART-"
 
 

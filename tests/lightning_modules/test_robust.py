@@ -252,6 +252,8 @@ def test_levels_of_nested_entities_are_columns_to_choose_from(write):
     [
         ("a\tO\nb\tB-X\tB-Y\n", {}, "a.conll:2: expected 2 columns, got 3"),
         ("a\tO\n\nb\tB-X|B-Y\n", {}, "a.conll:3: expected one tag, got 'B-X|B-Y': entities cannot"),
+        ("a\tB-X(B-Y)\n", {}, "a.conll:1: expected one tag, got 'B-X(B-Y)': entities cannot"),
+        ("a\tB-X#O\n", {}, "a.conll:1: expected one tag, got 'B-X#O': entities cannot"),
         ("a\tO\nb\tB-X\n", {"scheme": "IO"}, "a.conll:2: tag 'B-X' is outside the scheme IO"),
         ("a\tO\nb\tPER\n", {}, "a.conll:2: tag 'PER' is outside the scheme BIO"),
         ("a\tO\nb\tU-X\n", {}, "a.conll:2: tag 'U-X' is outside the scheme BIO"),
