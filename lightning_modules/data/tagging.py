@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -32,6 +34,9 @@ Scheme = Literal["BIO", "IOB1", "IO", "BIOES"]
 
 CASINGS = ("other", "lower", "upper", "title", "mixed", "numeric", "with digit")
 """How a word is written, as far as letters and digits tell (Collobert et al. 2011)."""
+
+REMEMBERED = 1 << 16
+"""About how many words are kept whose spelling need not be looked up again."""
 
 _TABLES = (".json", ".jsonl", ".parquet")
 
@@ -168,6 +173,7 @@ class TaggingCodec:
             *(TagSet(name, symbols) for name, symbols in (others or {}).items()),
         ]
         self.vectors: Tensor | None = None
+        self._spellings = _Spellings(self.spelling)
 
     @classmethod
     def from_sentences(
@@ -315,16 +321,16 @@ class TaggingCodec:
         spellings = [
             [distinct.setdefault(token, len(distinct)) for token in row.tokens] for row in rows
         ]
-        characters = [self.spelling(token) for token in distinct]
+        characters, character_lengths, casings = self._spellings(distinct)
         evaluated = rows[0].tag_names is not None
         sizes = lengths([row.words for row in rows])
         return TaggingBatch(
             words=pad([row.words for row in rows]),
             lengths=sizes,
-            characters=pad(characters),
-            character_lengths=lengths(characters),
+            characters=characters,
+            character_lengths=character_lengths,
             spellings=pad(spellings),
-            casings=torch.tensor([casing(token) for token in distinct], dtype=torch.int64),
+            casings=casings,
             tags=pad([row.tags for row in rows], IGNORED),
             num_tokens=int(sizes.sum()),
             tokens=[row.tokens for row in rows] if evaluated else None,
@@ -337,6 +343,49 @@ class TaggingCodec:
                 list(names) for names in zip(*(row.other_names for row in rows), strict=True)
             ),
         )
+
+
+class _Spellings:
+    """Makes tensors of the characters of words; those of the last words lie in flat arrays.
+
+    Training sees the same words again and again, and a loop over their characters took most of the
+    time that it waited for a batch.
+
+    Args:
+        spell: from a word to the numbers of its characters, at least one.
+    """
+
+    def __init__(self, spell: Callable[[str], list[int]]) -> None:
+        self.spell = spell
+        self._forget()
+
+    def _forget(self) -> None:
+        self.places: dict[str, int] = {}
+        self.numbers, self.starts, self.sizes, self.casings = (array("q") for _ in range(4))
+
+    def __call__(self, tokens: Collection[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return characters [U, L], zeros past a word's end, their numbers [U] and casings [U]."""
+        if len(self.places) > REMEMBERED:
+            self._forget()
+        for token in tokens:
+            if token not in self.places:
+                self._learn(token)
+        rows = [self.places[token] for token in tokens]
+        starts, sizes, casings = (
+            np.frombuffer(a, np.int64)[rows] for a in (self.starts, self.sizes, self.casings)
+        )
+        steps = np.arange(sizes.max())
+        inside = steps < sizes[:, None]
+        found = np.frombuffer(self.numbers, np.int64)[(starts[:, None] + steps) * inside]
+        return torch.from_numpy(found * inside), torch.from_numpy(sizes), torch.from_numpy(casings)
+
+    def _learn(self, token: str) -> None:
+        numbers = self.spell(token)
+        self.places[token] = len(self.starts)
+        self.starts.append(len(self.numbers))
+        self.sizes.append(len(numbers))
+        self.casings.append(casing(token))
+        self.numbers.extend(numbers)
 
 
 class Row(NamedTuple):

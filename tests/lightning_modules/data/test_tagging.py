@@ -1,6 +1,7 @@
 """From tagged sentences to batches, and from files and tables to tagged sentences."""
 
 import json
+import random
 from pathlib import Path
 
 import datasets
@@ -75,6 +76,22 @@ def test_batch_holds_each_spelling_once() -> None:
     training = codec.batch([codec.encode(sentence, training=True) for sentence in TRAIN])
     assert training.tokens is None
     assert training.tag_names is None
+
+
+def test_spellings_are_the_same_when_they_come_again(monkeypatch) -> None:
+    monkeypatch.setattr(tagging, "REMEMBERED", 3)
+    words = ["a", "Ab", "abc", "a" * 50, "B2", "?", "ÆØ"]
+    codec = TaggingCodec.from_sentences([Sentence(words, ["O"] * len(words))])
+    draw = random.Random(0)
+    for _ in range(20):
+        tokens = draw.choices([*words, "new", "Newer"], k=draw.randint(1, 9))
+        batch = codec.batch([codec.untagged(tokens)])
+        for token, row in zip(tokens, batch.spellings[0].tolist(), strict=True):
+            spelt = batch.characters[row].tolist()
+            own = codec.spelling(token)
+            assert batch.character_lengths[row] == len(own)
+            assert spelt == own + [0] * (len(spelt) - len(own))
+            assert batch.casings[row] == casing(token)
 
 
 def test_tags_unseen_in_training_are_ignored_numbers() -> None:
