@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import triton
@@ -113,7 +113,34 @@ def tile_of(symbols: int) -> int:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Flat:
+    """Tensors, then lists of one per layer, which an operator takes and returns as one list.
+
+    A subclass says how many of each it has.
+    """
+
+    SINGLE: ClassVar[int]
+    LISTS: ClassVar[int]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Self:
+        """The inverse of `flat`; the last list has what is left."""
+        rest = iter(tensors)
+        single = [*itertools.islice(rest, cls.SINGLE)]
+        lists = [[*itertools.islice(rest, layers)] for _ in range(cls.LISTS - 1)]
+        return cls(*single, *lists, [*rest])  # type: ignore[call-arg]  # of a subclass
+
+    def flat(self) -> list[Any]:
+        """All tensors in order."""
+        found: list[Any] = []
+        for field in fields(self):
+            part = getattr(self, field.name)
+            found += part if isinstance(part, list) else [part]
+        return found
+
+
+@dataclass(frozen=True)
+class Inputs(Flat):
     """What both passes read; shapes as in spec.py. Lists hold one tensor per layer.
 
     Attributes:
@@ -130,6 +157,7 @@ class Inputs:
         between: masks [T, B, H] of all layers but the top one, or empty.
     """
 
+    SINGLE, LISTS = 8, 3
     keys: Tensor
     projected: Tensor
     query: Tensor | None
@@ -141,15 +169,6 @@ class Inputs:
     gates: Tensors
     matrices: Tensors
     between: Tensors
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Inputs:
-        """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 8, layers, layers))
-
-    def flat(self) -> list[Tensor | None]:
-        """All tensors in order."""
-        return _flat(self)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
@@ -196,26 +215,8 @@ class Inputs:
         return Config(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
-def _flat(value: Inputs | Start | Buffers | Gradients | Incoming) -> list[Any]:
-    """Tensors first, then those of the lists."""
-    found: list[Any] = []
-    for field in fields(value):
-        part = getattr(value, field.name)
-        found += part if isinstance(part, list) else [part]
-    return found
-
-
-def _grouped(tensors: Sequence[Tensor | None], single: int, *counts: int) -> Iterator[Any]:
-    """The first ones alone, then lists of so many, and one list of the rest."""
-    rest = iter(tensors)
-    yield from itertools.islice(rest, single)
-    for count in counts:
-        yield [*itertools.islice(rest, count)]
-    yield [*rest]
-
-
 @dataclass(frozen=True)
-class Start:
+class Start(Flat):
     """What there is before the first step.
 
     Attributes:
@@ -225,23 +226,15 @@ class Start:
         c: likewise, of an LSTM.
     """
 
+    SINGLE, LISTS = 2, 2
     feed: Tensor | None
     coverage: Tensor | None
     h: Tensors
     c: Tensors
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Start:
-        """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 2, layers))
-
-    def flat(self) -> list[Tensor | None]:
-        """All tensors in order."""
-        return _flat(self)
-
 
 @dataclass(frozen=True)
-class Buffers:
+class Buffers(Flat):
     """What the forward pass leaves; T + 1 slots where a step reads the one before.
 
     Attributes:
@@ -257,6 +250,7 @@ class Buffers:
         cells: float32, of each layer of an LSTM [T + 1, B, H], else empty.
     """
 
+    SINGLE, LISTS = 6, 3
     joined: Tensor
     weights: Tensor
     coverage: Tensor
@@ -266,15 +260,6 @@ class Buffers:
     seen: Tensors
     gates: Tensors
     cells: Tensors
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], layers: int) -> Buffers:
-        """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 6, layers, layers))
-
-    def flat(self) -> Tensors:
-        """All tensors in order."""
-        return _flat(self)
 
 
 def buffers(x: Inputs, kind: Kind, drawn: bool = False) -> Buffers:
@@ -296,7 +281,7 @@ def buffers(x: Inputs, kind: Kind, drawn: bool = False) -> Buffers:
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Gradients(Flat):
     """What the backward pass leaves.
 
     Attributes:
@@ -310,6 +295,7 @@ class Gradients:
         cells: float32, likewise [B, H], of c_0; for the GRU of no meaning.
     """
 
+    SINGLE, LISTS = 5, 3
     features: Tensor
     joined: Tensor
     score: Tensor
@@ -318,15 +304,6 @@ class Gradients:
     gates: Tensors
     seen: Tensors
     cells: Tensors
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], layers: int) -> Gradients:
-        """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 5, layers, layers))
-
-    def flat(self) -> Tensors:
-        """All tensors in order."""
-        return _flat(self)
 
 
 def gradients(x: Inputs, kind: Kind) -> Gradients:
@@ -347,7 +324,7 @@ def gradients(x: Inputs, kind: Kind) -> Gradients:
 
 
 @dataclass(frozen=True)
-class Incoming:
+class Incoming(Flat):
     """Gradients of what `decode` returns.
 
     Attributes:
@@ -358,20 +335,12 @@ class Incoming:
         c: likewise, of an LSTM.
     """
 
+    SINGLE, LISTS = 3, 2
     features: Tensor
     joined: Tensor
     weights: Tensor | None
     h: Tensors
     c: Tensors
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], layers: int) -> Incoming:
-        """The inverse of `flat`."""
-        return cls(*_grouped(tensors, 3, layers))
-
-    def flat(self) -> list[Tensor | None]:
-        """All tensors in order."""
-        return _flat(self)
 
 
 def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
