@@ -23,10 +23,11 @@ from lightning_modules.reporting import log_figure
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, summed over the processes, and `train/input_wait`.
 
-    The latter is the share of time between steps, in which a batch is made and moved to the device:
-    the largest of all processes. Both are over the steps since the last log. Time spent outside
-    training steps and loading, such as in validation, does not count. Batches say how many tokens
-    they hold in `num_tokens`, padding not included.
+    The latter is the share of time from asking for a batch to the start of its step, in which it is
+    made and moved to the device: the largest of all processes. A loader that does not say when it
+    was `asked` is taken to be asked as soon as the last step has ended. Both are over the steps
+    since the last log. Time spent outside training steps and loading, such as in validation, does
+    not count. Batches say how many tokens they hold in `num_tokens`, padding not included.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class Throughput(Callback):
     ) -> None:
         """Take the time that the batch was waited for."""
         if self._since is not None:
-            self._waited += time.perf_counter() - self._since
+            asked = getattr(trainer.train_dataloader, "asked", self._since)
+            self._waited += time.perf_counter() - max(asked, self._since)
 
     def on_train_batch_end(
         self,

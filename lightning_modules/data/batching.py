@@ -1,6 +1,7 @@
 """Batches of sequences of like length, the same whatever the number of processes."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -157,15 +158,21 @@ class ResumableLoader(DataLoader):
 
     Lightning stores its state in every checkpoint. The order is chosen when the first batch is
     asked for, so that `set_epoch` is in time for worker processes too.
+
+    Attributes:
+        asked: when the last batch was asked for, as `time.perf_counter` tells it.
     """
 
     _batches = 0
+    asked = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.asked = time.perf_counter()
         self._batches = self._buckets.skip
         for batch in super().__iter__():
             self._batches += 1
             yield batch
+            self.asked = time.perf_counter()
 
     @property
     def _buckets(self) -> BucketBatchSampler:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import datasets
+import pyarrow
 import pyarrow.compute
 
 R = TypeVar("R", bound=tuple)
@@ -67,13 +68,21 @@ class EncodedRows(Sequence[R], Generic[R]):
         cells = zip(*(columns[name] for name in self._kind._fields), strict=True)  # type: ignore[attr-defined]
         return [self._kind(*row) for row in cells]
 
+    def column(self, name: str) -> pyarrow.ChunkedArray:
+        """Return a field of all rows, as it lies in the file.
+
+        Args:
+            name: the field.
+        """
+        return self._data.data.column(name)
+
     def lengths(self, name: str) -> list[int]:
         """Return the length of a list in every row.
 
         Args:
             name: the field that holds it.
         """
-        return pyarrow.compute.list_value_length(self._data.data.column(name)).to_pylist()
+        return pyarrow.compute.list_value_length(self.column(name)).to_pylist()
 
 
 @cache

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute as compute
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -30,6 +32,7 @@ IGNORED = -100
 
 BUILTIN = "turkish-treebanks"
 
+Array = np.ndarray[Any, Any]
 Scheme = Literal["BIO", "IOB1", "IO", "BIOES"]
 
 CASINGS = ("other", "lower", "upper", "title", "mixed", "numeric", "with digit")
@@ -321,7 +324,10 @@ class TaggingCodec:
         spellings = [
             [distinct.setdefault(token, len(distinct)) for token in row.tokens] for row in rows
         ]
-        characters, character_lengths, casings = self._spellings(distinct)
+        if len(self._spellings) > REMEMBERED:
+            self._spellings = _Spellings(self.spelling)
+        places = self._spellings.places(distinct)
+        characters, character_lengths, casings = self._spellings.tensors(places)
         evaluated = rows[0].tag_names is not None
         sizes = lengths([row.words for row in rows])
         return TaggingBatch(
@@ -346,10 +352,7 @@ class TaggingCodec:
 
 
 class _Spellings:
-    """Makes tensors of the characters of words; those of the last words lie in flat arrays.
-
-    Training sees the same words again and again, and a loop over their characters took most of the
-    time that it waited for a batch.
+    """The characters of words, in flat arrays, and tensors of those of some words.
 
     Args:
         spell: from a word to the numbers of its characters, at least one.
@@ -357,35 +360,103 @@ class _Spellings:
 
     def __init__(self, spell: Callable[[str], list[int]]) -> None:
         self.spell = spell
-        self._forget()
-
-    def _forget(self) -> None:
-        self.places: dict[str, int] = {}
+        self.known: dict[str, int] = {}
         self.numbers, self.starts, self.sizes, self.casings = (array("q") for _ in range(4))
 
-    def __call__(self, tokens: Collection[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def places(self, tokens: Iterable[str]) -> list[int]:
+        """Return where words stand, in the order in which they were first asked for."""
+        known = self.known
+        return [known[token] if token in known else self._learn(token) for token in tokens]
+
+    def tensors(self, places: Sequence[int] | Array) -> tuple[Tensor, Tensor, Tensor]:
         """Return characters [U, L], zeros past a word's end, their numbers [U] and casings [U]."""
-        if len(self.places) > REMEMBERED:
-            self._forget()
-        for token in tokens:
-            if token not in self.places:
-                self._learn(token)
-        rows = [self.places[token] for token in tokens]
         starts, sizes, casings = (
-            np.frombuffer(a, np.int64)[rows] for a in (self.starts, self.sizes, self.casings)
+            np.frombuffer(a, np.int64)[places] for a in (self.starts, self.sizes, self.casings)
         )
         steps = np.arange(sizes.max())
         inside = steps < sizes[:, None]
         found = np.frombuffer(self.numbers, np.int64)[(starts[:, None] + steps) * inside]
         return torch.from_numpy(found * inside), torch.from_numpy(sizes), torch.from_numpy(casings)
 
-    def _learn(self, token: str) -> None:
+    def _learn(self, token: str) -> int:
         numbers = self.spell(token)
-        self.places[token] = len(self.starts)
+        place = self.known[token] = len(self.known)
         self.starts.append(len(self.numbers))
         self.sizes.append(len(numbers))
         self.casings.append(casing(token))
         self.numbers.extend(numbers)
+        return place
+
+
+class _TrainingRows(Sequence[int]):
+    """The training split as flat arrays, from which a batch is cut without a loop over its words.
+
+    A row is its number. Lists of Python's numbers and words, and a loop over them, took most of the
+    time that training waited for a batch.
+
+    Args:
+        codec: what encoded the rows.
+        rows: the rows.
+    """
+
+    def __init__(self, codec: TaggingCodec, rows: EncodedRows[Row]) -> None:
+        self.sizes = np.array(rows.lengths("words"))
+        self._starts = self.sizes.cumsum() - self.sizes
+        self._words = _flat(rows.column("words"))
+        others = (
+            _flat(compute.list_element(rows.column("other_tags"), task))
+            for task in range(len(codec.tasks) - 1)
+        )
+        self._tags = [_flat(rows.column("tags")), *others]
+        tokens = compute.list_flatten(rows.column("tokens")).combine_chunks().dictionary_encode()
+        self._tokens = tokens.indices.to_numpy()
+        self._spellings = _Spellings(codec.spelling)
+        self._spellings.places(tokens.dictionary.to_pylist())
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, place: Any) -> Any:
+        return range(len(self))[place]
+
+    def batch(self, rows: Sequence[int]) -> TaggingBatch:
+        """Make the batch that `TaggingCodec.batch` makes of these rows."""
+        sizes = self.sizes[rows]
+        ends = sizes.cumsum()
+        places = np.arange(ends[-1]) + (self._starts[rows] - ends + sizes).repeat(sizes)
+        inside = np.arange(sizes.max()) < sizes[:, None]
+
+        def grid(flat: Array, value: int = 0) -> Tensor:
+            filled = np.full(inside.shape, value)
+            filled[inside] = flat
+            return torch.from_numpy(filled)
+
+        tokens = self._tokens[places]
+        numbers = np.arange(len(tokens))
+        first = np.empty(len(self._spellings), np.int64)
+        first[tokens[::-1]] = numbers[::-1]  # of places that are equal the last one counts
+        is_first = first[tokens] == numbers
+        characters, character_lengths, casings = self._spellings.tensors(tokens[is_first])
+        tags, *others = (grid(column[places], IGNORED) for column in self._tags)
+        return TaggingBatch(
+            words=grid(self._words[places]),
+            lengths=torch.from_numpy(sizes),
+            characters=characters,
+            character_lengths=character_lengths,
+            spellings=grid((is_first.cumsum() - 1)[first[tokens]]),
+            casings=casings,
+            tags=tags,
+            num_tokens=len(tokens),
+            other_tags=tuple(others),
+        )
+
+
+def _flat(column: pyarrow.ChunkedArray) -> Array:
+    """Return the numbers of all lists, one after the other."""
+    return compute.list_flatten(column).to_numpy().astype(np.int32)
 
 
 class Row(NamedTuple):
@@ -577,18 +648,20 @@ class TaggingData(DataModule):
         indices = _index(self.token_column, 0, place), _index(tag, -1, place)
         return read_columns(place, *indices, self.delimiter, scheme)
 
-    def _encode(self, split: str) -> EncodedRows[Row]:
+    def _encode(self, split: str) -> EncodedRows[Row] | _TrainingRows:
         codec, sentences, training = self.codec, self.sentences(split), split == "train"
         if training:
             sentences = self._short(sentences)
         key = [codec.to_dict(), sentences, training]
-        return EncodedRows(Row, lambda: (codec.encode(s, training) for s in sentences), key)
+        rows = EncodedRows(Row, lambda: (codec.encode(s, training) for s in sentences), key)
+        return _TrainingRows(codec, rows) if training else rows
 
-    def _sizes(self, rows: EncodedRows[Row]) -> list[int]:
-        return rows.lengths("words")
+    def _sizes(self, rows: EncodedRows[Row] | _TrainingRows) -> Sequence[int]:
+        return rows.sizes.tolist() if isinstance(rows, _TrainingRows) else rows.lengths("words")
 
-    def _collate(self, split: str) -> Callable[[list[Row]], TaggingBatch]:
-        return self.codec.batch
+    def _collate(self, split: str) -> Callable[[list[Any]], TaggingBatch]:
+        rows = self._rows[split]
+        return rows.batch if isinstance(rows, _TrainingRows) else self.codec.batch
 
     def describe(self) -> dict[str, Any]:
         """Say in a few words what the data are, for a model card."""

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 import fusedrnn
 from lightning_modules.callbacks import BestCheckpoint, GradientFlow, LatestRun, Throughput
+from lightning_modules.data.batching import ResumableLoader
 from tests.toy import ToyData, ToyTask
 
 
@@ -80,6 +81,36 @@ def test_input_wait_is_the_share_of_making_batches(tmp_path, clock):
     trainer(tmp_path, Throughput(), max_epochs=3, log_every_n_steps=2).fit(model, Slow())
     shares = metrics(tmp_path / "toy" / "version_0", "train/input_wait")
     assert shares == pytest.approx([0.25] * 7)
+
+
+def test_time_of_other_callbacks_is_not_waited_for_input(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr("lightning_modules.data.batching.time", clock)
+
+    class Busy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            clock.now += 7
+
+    class Slow(ToyData):
+        def collate(self, sentences):
+            batch = super().collate(sentences)
+            clock.now += batch.num_tokens / 10
+            return batch
+
+        def train_dataloader(self):
+            plain = super().train_dataloader()
+            return ResumableLoader(
+                plain.dataset, batch_sampler=plain.batch_sampler, collate_fn=self.collate
+            )
+
+    model = Timed(Slow().codec)
+    model.clock = clock
+    trainer(tmp_path, Throughput(), Busy(), max_epochs=2).fit(model, Slow())
+    rates, shares = (
+        metrics(tmp_path / "toy" / "version_0", f"train/{name}")
+        for name in ("tokens_per_second", "input_wait")
+    )
+    assert max(rates) == pytest.approx(5) and min(rates) < 2.5
+    assert shares == pytest.approx([rate / 10 for rate in rates])
 
 
 def test_latest_points_to_the_newest_training_run(tmp_path, capsys, monkeypatch):

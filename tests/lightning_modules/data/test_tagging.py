@@ -354,6 +354,24 @@ def test_every_training_sentence_once_an_epoch(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(1 + n % 7 for n in range(50) if n % 7 != 6)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_training_batches_are_those_of_the_codec(tmp_path: Path, tasks: int) -> None:
+    draw = random.Random(tasks)
+    words = ["a", "A", "ab", "Æß", "b" * 50, "B2", "7", "東京", "?"]
+    lines = ("\t".join([draw.choice(words), *draw.choices("XYZ", k=tasks)]) for _ in range(400))
+    text = "".join(line + "\n" * draw.choice((1, 1, 1, 2)) for line in lines)
+    (tmp_path / "train").write_text(text)
+    place, columns = str(tmp_path / "train"), list(range(1, tasks + 1))
+    data = TaggingData(place, place, tag_column=columns, batch_size=7, min_count=2)
+    data.setup("fit")
+    rows = [data.codec.encode(s, training=True) for s in data.sentences("train")]
+    loader = data.train_dataloader()
+    for places, batch in zip(loader.batch_sampler, loader, strict=True):
+        expected = data.codec.batch([rows[place] for place in places])
+        torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+        assert len(batch.other_tags) == tasks - 1
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
