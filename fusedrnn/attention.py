@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.attention.sources import AdditiveScore
+from kernels.attention.sources import CHUNK, AdditiveScore
 from kernels.torch_loop import tanh_
 
 __all__ = [
@@ -82,13 +82,20 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
-    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        coverage: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Score every query against every projected key.
 
         Args:
             query: [B, Q, Dq].
             projected: [B, S, P], the result of `project`.
             coverage: [B, Q, S], with coverage only.
+            lengths: int64 [B]; what stands at and past it in the result does not matter.
 
         Returns:
             [B, Q, S], before masking and softmax.
@@ -138,7 +145,7 @@ class Attention(nn.Module):
         coverage: Tensor | None = None,
     ) -> Tensor:
         """The weights [B, Q, S] alone; arguments as in `forward`."""
-        score = self.score(query, projected, coverage)
+        score = self.score(query, projected, coverage, lengths)
         if lengths is None:
             return score.softmax(-1)
         padding = ~valid_positions(lengths, projected.shape[1])[:, None]
@@ -177,7 +184,13 @@ class Attention(nn.Module):
 class _ProductAttention(Attention):
     """Scores a query by its product with projected keys of its own size."""
 
-    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        coverage: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Compute `q . (p + coverage w)` [B, Q, S]."""
         score = query @ projected.transpose(1, 2)
         if self.coverage is None or coverage is None:
@@ -265,16 +278,39 @@ class AdditiveAttention(Attention):
         """Compute `U k + b` [B, S, hidden_size]."""
         return self.key(keys)
 
-    def score(self, query: Tensor, projected: Tensor, coverage: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        coverage: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Compute `v . tanh(W q + (U k + b) + coverage w)` [B, Q, S]."""
         asked = self.query(query)
         if undifferentiated(asked):
-            additive = AdditiveScore(projected[:, None], self.energy.weight[0], self.coverage)
-            return additive.score(additive.sigma(asked, coverage)) - self.energy.weight.sum()
+            return self._score_in_parts(asked, projected, coverage, lengths)
         hidden = asked[:, :, None] + projected[:, None]
         if self.coverage is not None and coverage is not None:
             hidden = hidden + coverage[..., None] * self.coverage
         return self.energy(torch.tanh(hidden)).squeeze(-1)
+
+    def _score_in_parts(
+        self, asked: Tensor, projected: Tensor, coverage: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """Scores from `W q` [B, Q, hidden_size], of as many rows at a time as stay in the cache."""
+        batch, queries, width = asked.shape
+        most = projected.shape[1]
+        rows = max(1, CHUNK // max(1, queries * most * width))
+        scores = asked.new_zeros(batch, queries, most)
+        for first in range(0, batch, rows):
+            part = slice(first, first + rows)
+            size = slice(most if lengths is None else int(lengths[part].max()))
+            additive = AdditiveScore(
+                projected[part, None, size], self.energy.weight[0], self.coverage
+            )
+            seen = None if coverage is None else coverage[part, :, size]
+            scores[part, :, size] = additive.score(additive.sigma(asked[part], seen))
+        return scores.sub_(self.energy.weight.sum())
 
 
 def undifferentiated(x: Tensor) -> bool:

@@ -58,18 +58,18 @@ class AdditiveScore:
     """
 
     def __init__(self, projected: Tensor, energy: Tensor, coverage: Tensor | None) -> None:
-        self.doubled, self.coverage = 2 * projected, coverage
+        self.projected, self.coverage = projected, coverage
         self.twice, self.slope = 2 * energy, 4 * energy
 
     def first(self, count: int) -> AdditiveScore:
         """That of the first rows."""
         found = copy.copy(self)
-        found.doubled = self.doubled[:count]
+        found.projected = self.projected[:count]
         return found
 
     def sigma(self, query: Tensor, seen: Tensor | None, out: Tensor | None = None) -> Tensor:
         """sigmoid(2u) [..., B, S, A], from W_q q [..., B, A] and the coverage [..., B, S]."""
-        hidden = torch.add(self.doubled, query[..., None, :], alpha=2, out=out)
+        hidden = torch.add(2 * query[..., None, :], self.projected, alpha=2, out=out)
         if self.coverage is not None:
             assert seen is not None
             hidden.addcmul_(seen[..., None], self.coverage, value=2)
@@ -94,7 +94,7 @@ class AdditiveGrads:
 
     def __init__(self, additive: AdditiveScore) -> None:
         self.additive = additive
-        self.projected = torch.zeros_like(additive.doubled)
+        self.projected = torch.zeros_like(additive.projected)
         self.energy = torch.zeros_like(additive.twice)
         self.coverage = None if additive.coverage is None else self.energy.clone()
 

@@ -557,7 +557,7 @@ class _Backward:
             seen = None if self.asked.coverage is None else self.asked.coverage[now]
             additive, slope = self.sources.first(counts[first]).additive, None
             if additive is not None:
-                size = (last - first, *additive.doubled.shape)
+                size = (last - first, *additive.projected.shape)
                 sigma, slope = (m[: math.prod(size)].view(size) for m in memory)
                 additive.sigma(run.query[now], seen, out=sigma)
                 torch.addcmul(sigma, sigma, sigma, value=-1, out=slope)

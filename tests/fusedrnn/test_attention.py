@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedrnn.attention import ATTENTIONS, build_attention
+from fusedrnn.attention import ATTENTIONS, AdditiveAttention, build_attention
 
 KINDS = sorted(ATTENTIONS)
 
@@ -174,3 +174,20 @@ def test_none_is_no_module():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("coverage", [False, True], ids=["", "coverage"])
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 18])
+def test_additive_scores_in_parts_are_those_of_the_whole(monkeypatch, chunk, coverage):
+    monkeypatch.setattr("fusedrnn.attention.CHUNK", chunk)
+    torch.manual_seed(0)
+    module = AdditiveAttention(3, 4, 5, coverage=coverage).double()
+    torch.nn.init.normal_(module.energy.weight)
+    if module.coverage is not None:
+        torch.nn.init.normal_(module.coverage)
+    query, keys, seen = (torch.randn(5, *size).double() for size in ((2, 3), (6, 4), (2, 6)))
+    for lengths in (None, torch.tensor([3, 0, 6, 1, 5])):
+        arguments = query, keys, lengths, None, seen if coverage else None
+        expected = module(*arguments)
+        with torch.no_grad():
+            torch.testing.assert_close(module(*arguments), expected, rtol=1e-12, atol=1e-12)
