@@ -18,8 +18,8 @@ At 5.5 MB/µs of L2, 0.22 MB/µs of shared memory per multiprocessor and 1 µs p
 bound by the barrier up to H = 512 and, with B = 64 at H = 1024, by L2; backward is bound by L2 from
 H = 512 with B = 64 and H = 1024 with B = 16 on. Arithmetic never bounds: 537 MFLOP are 0.6 µs on
 128 multiprocessors. The reset-before GRU meets twice a step, the layer-norm LSTM three times. All
-constants are other people's measurements (H100), none is ours: compare them with `python -m
-benchmarks gpu_speed` before trusting a modelled time.
+constants are other people's measurements (H100), none is ours: `python -m benchmarks gpu_exchange`
+measures every plan that fits beside its modelled time, and fits the constants.
 
 How backward could be split otherwise, and why it is not:
 
@@ -390,8 +390,29 @@ def choose(
     Raises:
         ValueError: no plan fits, with what was missing.
     """
+    plans = fitting(cell, hidden_size, batch, directions, dtype, precision, backward, device)
+    best = min(plans, key=lambda plan: plan.microseconds, default=None)
+    if best is None:
+        raise ValueError(
+            f"no plan for {cell} with hidden_size {hidden_size} on {device.name}: its "
+            f"{device.multiprocessors} multiprocessors with {device.shared_memory} bytes of shared "
+            "memory each are too few for one batch tile; use backend='torch'"
+        )
+    return best
+
+
+def fitting(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    precision: str,
+    backward: bool,
+    device: Device,
+) -> Iterator[LaunchPlan]:
+    """Every plan that fits the device; arguments as in `choose`."""
     exact = dtype == torch.float32 and precision == "ieee"
-    best: LaunchPlan | None = None
     for shape in _candidates(cell, hidden_size, dtype.itemsize, exact, backward):
         slices = -(-hidden_size // shape.units)
         if slices == 1 and not shape.resident:
@@ -421,16 +442,8 @@ def choose(
             0.0,
             "",
         )
-        time, why = _model(plan, device, exact)
-        if best is None or time < best.microseconds:
-            best = replace(plan, microseconds=time, why=why)
-    if best is None:
-        raise ValueError(
-            f"no plan for {cell} with hidden_size {hidden_size} on {device.name}: its "
-            f"{device.multiprocessors} multiprocessors with {device.shared_memory} bytes of shared "
-            "memory each are too few for one batch tile; use backend='torch'"
-        )
-    return best
+        time, why = _model(plan)
+        yield replace(plan, microseconds=time, why=why)
 
 
 def _shared_bytes(cell: str, size: int, shape: _Shape, itemsize: int, backward: bool) -> int:
@@ -449,25 +462,50 @@ def _shared_bytes(cell: str, size: int, shape: _Shape, itemsize: int, backward: 
     )
 
 
-def _model(plan: LaunchPlan, device: Device, exact: bool) -> tuple[float, str]:
-    """Modelled microseconds per step, and in words what bounds them."""
-    spec, item = CELLS[plan.cell], plan.dtype.itemsize
-    weights = item * _weight_elements(
-        plan.cell, plan.hidden_size, plan.units, plan.chunk, plan.backward
+@dataclass(frozen=True)
+class Work:
+    """What the cost model counts of one step of one program.
+
+    Attributes:
+        exchanges: meetings with the group's other programs.
+        read: bytes from L2.
+        weights: bytes of weights.
+        multiplied: multiply-adds without tensor cores.
+    """
+
+    exchanges: int
+    read: int
+    weights: int
+    multiplied: int
+
+
+def work(plan: LaunchPlan) -> Work:
+    """Count what one step of one program takes."""
+    item = plan.dtype.itemsize
+    elements = _weight_elements(plan.cell, plan.hidden_size, plan.units, plan.chunk, plan.backward)
+    vectors = CELLS[plan.cell].gates if plan.backward else len(BLOCKS[plan.cell].products)
+    shared = plan.slices > 1
+    read = vectors * plan.rows * plan.hidden_size * item if shared else 0
+    exact = plan.dtype == torch.float32 and plan.precision == "ieee"
+    return Work(
+        CELLS[plan.cell].exchanges if shared else 0,
+        read if plan.resident else read + item * elements,
+        item * elements,
+        elements * plan.rows if exact else 0,
     )
-    vectors = spec.gates if plan.backward else len(BLOCKS[plan.cell].products)
-    read = vectors * plan.rows * plan.hidden_size * item if plan.slices > 1 else 0
-    if not plan.resident:
-        read += weights
+
+
+def _model(plan: LaunchPlan) -> tuple[float, str]:
+    """Modelled microseconds per step, and in words what bounds them."""
+    counted = work(plan)
+    read = counted.read
     parts = {
-        "exchanges between programs": spec.exchanges * HOP if plan.slices > 1 else 0.0,
+        "exchanges between programs": counted.exchanges * HOP,
         "reads from L2": max(plan.programs * read / L2, read / L2_PORT) + L2_LATENCY
         if read
         else 0.0,
-        "reads of weights from shared memory": weights / SHARED,
-        "float32 arithmetic without tensor cores": weights / item * plan.rows / IEEE
-        if exact
-        else 0.0,
+        "reads of weights from shared memory": counted.weights / SHARED,
+        "float32 arithmetic without tensor cores": counted.multiplied / IEEE,
         "gate arithmetic": POINTWISE,
     }
     bound = max(parts, key=lambda name: parts[name])
