@@ -11,6 +11,7 @@ wanted GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import re
@@ -26,9 +27,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.persistent import backward, forward, launch
-from kernels.persistent.plan import BLOCKS, Device, LaunchPlan, choose, loop_parameters
+from kernels.persistent import forward, launch
+from kernels.persistent.plan import Device, LaunchPlan, choose
 from kernels.spec import CELLS
+
+from .loops import Loop
 
 RESULT = Path(__file__).parent / "results" / "compile_facts.csv"
 DEVICES = {
@@ -113,18 +116,35 @@ def weights_reloaded(ttgir: str) -> int:
     return sum(m is not None and m[1] in before for m in copies)
 
 
-def facts(
+def warmup(
     kernel: launch.Kernel, grid: tuple[int, int], plan: LaunchPlan, **arguments: object
-) -> Row:
+) -> Any:
     """Compile one launch, in the place of `launch.dispatch`."""
-    start = time.perf_counter()
-    compiled = kernel.warmup(
+    return kernel.warmup(
         **arguments,
         grid=grid,
         num_warps=plan.warps,
         num_stages=1,
         launch_cooperative_grid=plan.slices > 1,
     )
+
+
+@contextlib.contextmanager
+def dispatched(dispatch: Any) -> Iterator[None]:
+    """Something else in the place of `launch.dispatch`."""
+    real, launch.dispatch = launch.dispatch, dispatch
+    try:
+        yield
+    finally:
+        launch.dispatch = real
+
+
+def facts(
+    kernel: launch.Kernel, grid: tuple[int, int], plan: LaunchPlan, **arguments: object
+) -> Row:
+    """What came out of one launch, compiled in the place of `launch.dispatch`."""
+    start = time.perf_counter()
+    compiled = warmup(kernel, grid, plan, **arguments)
     ptx = compiled.asm["ptx"]
     return usage(compiled.asm["cubin"]) | {
         "shared": compiled.metadata.shared,
@@ -149,38 +169,11 @@ def compile_plan(plan: LaunchPlan, masked: bool = False) -> Row:
     def dispatch(*launch_arguments: Any, **arguments: Any) -> None:
         found.update(facts(*launch_arguments, **arguments))
 
-    def new(*shape: int, dtype: torch.dtype = plan.dtype) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype)
-
-    spec, blocks = CELLS[plan.cell], BLOCKS[plan.cell]
-    masks = launch.Masks(1, 0.1, 0.1, True) if masked else launch.Masks()
+    masks = launch.Masks(1, 0.1, 0.1, True) if masked else None
     lengths = torch.ones(plan.rows, dtype=torch.int64) if masked else None
-    steps, batch, d, size = 2, plan.rows, plan.directions, plan.hidden_size
-    extra = sum(loop_parameters(plan.cell).values()) * size
-    params = new(d, extra) if extra else None
-    w_hh, state = new(d, spec.gates * size, size), [new(d, batch, size) for _ in spec.states]
-    real, launch.dispatch = launch.dispatch, dispatch
-    try:
-        if plan.backward:
-            saved = forward.Saved(
-                new(steps, batch, d, blocks.saved * size),
-                new(steps, batch, d, size) if len(state) == 2 else None,
-                new(steps, batch, d, blocks.statistics, dtype=torch.float32)
-                if blocks.statistics
-                else None,
-            )
-            y = new(steps, batch, d * size)
-            backward.backward(
-                plan, y, state, w_hh, params, state, y, saved, lengths, masks
-            )  # fmt: skip
-        else:
-            gates = new(steps, batch, d, spec.gates * size)
-            bias = new(d, spec.gates * size)
-            forward.forward(
-                plan, gates, w_hh, bias, params, state, lengths, masks, "all"
-            )  # fmt: skip
-    finally:
-        launch.dispatch = real
+    loop = Loop(plan, 2, plan.rows, lengths=lengths, masks=masks)
+    with dispatched(dispatch):
+        loop.run()
     return found
 
 
