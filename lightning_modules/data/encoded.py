@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-import datasets
-import pyarrow
-import pyarrow.compute
+if TYPE_CHECKING:
+    import pyarrow
 
 R = TypeVar("R", bound=tuple)
 
@@ -33,6 +32,8 @@ class EncodedRows(Sequence[R], Generic[R]):
     """
 
     def __init__(self, kind: type[R], encode: Callable[[], Iterable[R]], key: Any) -> None:
+        import datasets  # here, because a trained model is used without
+
         digest = hashlib.sha256(_code())
         digest.update(json.dumps([kind.__name__, key]).encode())
 
@@ -82,6 +83,8 @@ class EncodedRows(Sequence[R], Generic[R]):
         Args:
             name: the field that holds it.
         """
+        import pyarrow.compute
+
         return pyarrow.compute.list_value_length(self.column(name)).to_pylist()
 
 

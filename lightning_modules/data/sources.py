@@ -1,12 +1,15 @@
 """Where rows come from: packaged data, local tables, the Hugging Face hub."""
 
+from __future__ import annotations
+
 import csv
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 _TABLES = {".tsv": "\t", ".csv": ","}
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -104,6 +107,8 @@ def column(rows: datasets.Dataset, name: str, source: str | Path) -> list[Any]:
 
 def _load(source: str | Path, builder: str | None, **arguments: Any) -> datasets.Dataset:
     """Call `load_dataset` and turn its many errors into one line."""
+    import datasets  # here, because a trained model is used without
+
     if builder is None:
         known = ", ".join([*_TABLES, *_BUILDERS])
         raise ValueError(f"{source}: expected a file that ends in one of {known}")
@@ -128,6 +133,8 @@ def _line(error: BaseException) -> str:
 
 def _load_table(path: Path, delimiter: str, names: Sequence[str] | None) -> datasets.Dataset:
     """Read a table of text cells, every line as wide as the first."""
+    import datasets
+
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(
             file,

@@ -8,12 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.compute as compute
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -26,6 +23,10 @@ from lightning_modules.data.schemes import convert
 from lightning_modules.data.sources import builtin_files, column, load_rows
 from lightning_modules.data.vectors import Vectors, load_vectors
 from lightning_modules.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 IGNORED = -100
 """The tag number at padding and of a tag that is not in the training split."""
@@ -403,6 +404,8 @@ class _TrainingRows(Sequence[int]):
     """
 
     def __init__(self, codec: TaggingCodec, rows: EncodedRows[Row]) -> None:
+        import pyarrow.compute as compute  # here, because a trained model is used without
+
         self.sizes = np.array(rows.lengths("words"))
         self._starts = self.sizes.cumsum() - self.sizes
         self._words = _flat(rows.column("words"))
@@ -456,6 +459,8 @@ class _TrainingRows(Sequence[int]):
 
 def _flat(column: pyarrow.ChunkedArray) -> Array:
     """Return the numbers of all lists, one after the other."""
+    import pyarrow.compute as compute
+
     return compute.list_flatten(column).to_numpy().astype(np.int32)
 
 
@@ -795,6 +800,8 @@ def coverage(codec: TaggingCodec, splits: Mapping[str, Sequence[Sentence]]) -> I
 
 def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
     """Return the names of class labels in a column of lists, if that is what it holds."""
+    import datasets
+
     feature: Any = rows.features
     for part in [name] if name in rows.features else name.split("."):
         feature = feature[part]
