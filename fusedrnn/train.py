@@ -7,6 +7,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -40,6 +41,19 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # BucketBatchSampler deals its batches out by itself
     "callbacks": [ModelCard()],  # of every run, beside those of its configuration
 }
+
+
+class OneLineParser(jsonargparse.ArgumentParser):
+    """Says in one line which option is wrong, and what was expected."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line, and exit with code 2."""
+        # without exit it is one of the parsers inside, whose message becomes part of another
+        super().error(_in_one_line(message) if self.exit_on_error else message, ex)
+
+
+class CLIParser(OneLineParser, LightningArgumentParser):
+    """That of the command line."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -163,6 +177,7 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> CLI | None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=CLIParser,
             parser_kwargs=_parser_kwargs(),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -248,7 +263,7 @@ def average(args: Sequence[str]) -> None:
 
 
 def _predict_parser(task: type[Task]) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m fusedrnn.train predict",
         description="Uses a trained model on raw text, one result for each line. Further options "
         "depend on the model: --ckpt_path FILE --help lists them.",
@@ -284,6 +299,45 @@ def _parser_kwargs() -> dict[str, Any]:
     )
     usage = f"{program} {{{commands}}} ..."
     return {"prog": program, "usage": usage, "description": description, **usages}
+
+
+def _in_one_line(message: str) -> str:
+    """Shorten what jsonargparse says of a value: the innermost option, its types, the value.
+
+    Its own message is a tree: options inside a class inside a union, each with all it could be.
+    """
+    *outer, inner = re.split(r'Parser key "(.+?)":', message)
+    if not outer:
+        return " ".join(message.split())
+    if outer[2:]:  # what follows this option is about those around it
+        inner = re.split(r"\n {0,4}- Expected a <class 'NoneType'>", inner)[0]
+    name = "--" + ".".join(dict.fromkeys(outer[1::2]))
+    absent = re.search(r"Option '(.+?)' is not accepted", inner)
+    if absent:
+        return f"{name.removesuffix(f'.{absent[1]}')}.{absent[1]}: no such option"
+    types = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", inner, re.MULTILINE)
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", inner, re.MULTILINE)
+    value = value or re.search(r"import path string: (.*)", inner)
+    if not types or value is None:
+        return f"{name}: {' '.join(inner.split())}"
+    nested = re.fullmatch(r"NestedArg\(key='(.+?)', val=(.*)\)", value[1])
+    if nested:
+        name = f"{name}.{nested[1]}"
+    wanted = dict.fromkeys(filter(None, map(_type_name, types)))
+    return f"{name}: expected {' or '.join(wanted)}, got {nested[2] if nested else value[1]}"
+
+
+def _type_name(description: str) -> str:
+    """Say in a user's words what jsonargparse expects; nothing for what only it could read."""
+    if description.startswith("path but"):
+        return ""
+    if description.startswith("dot import path"):
+        return "the import path of a class"
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", description)
+    if choices:
+        return f"one of {choices[1]}"
+    name = re.sub(r"<class '(.+)'>", r"\1", description)
+    return re.sub(r"\b\w+\.", "", name).replace("NoneType", "null")
 
 
 def packaged_configs() -> list[str]:
