@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import math
 import pkgutil
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +45,9 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(BENCHMARKS)}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no case that may end after so long"
+    )
     options = parser.parse_args(args)
     unknown = set(options.names) - BENCHMARKS.keys()
     if unknown:
@@ -56,6 +61,7 @@ def main(args: list[str] | None = None) -> None:
     names = options.names or [name for name, it in BENCHMARKS.items() if it.gpu or not gpu]
     failures: Counter[str] = Counter()
     findings = []
+    limit = Limit(60 * options.minutes)
     for name in names:
         path = options.output / f"{name}.csv"
         if BENCHMARKS[name].gpu and not gpu:
@@ -64,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
                 write(path, [NO_GPU | where])
             continue
         with _counting(failures, name):
-            _run(name, path, where, failures)
+            _run(name, path, where, failures, limit)
         with _counting(failures, name, "findings"):
             rows = _matching(read(path), where)
             findings += [f"{name}: {line}" for line in BENCHMARKS[name].findings(rows)]
@@ -73,18 +79,42 @@ def main(args: list[str] | None = None) -> None:
         sys.exit("failed: " + ", ".join(f"{name} ({n})" for name, n in failures.items()))
 
 
-def _run(name: str, path: Path, where: Row, failures: Counter[str]) -> None:
+class Limit:
+    """The end of a run that must not be killed.
+
+    Args:
+        seconds: how long it may take from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.longest, self.start = time.monotonic() + seconds, 0.0, 0.0
+
+    def reached(self) -> bool:
+        """Whether another case, as long as the longest so far, would end too late."""
+        self.start = time.monotonic()
+        return self.start + self.longest > self.end
+
+    def count(self) -> None:
+        """Remember how long the case took that began with `reached`."""
+        self.longest = max(self.longest, time.monotonic() - self.start)
+
+
+def _run(name: str, path: Path, where: Row, failures: Counter[str], limit: Limit) -> None:
     rows: list[Mapping[str, object]] = list(_matching(read(path), where))
     if rows:
         print(f"{name}: {len(rows)} rows are there from before", flush=True)
     for key, measure in BENCHMARKS[name].cases():
         if _matching(rows, key):
             continue
+        if limit.reached():
+            print(f"{name}: time is up before {_text(key)}; run again to go on", flush=True)
+            return
         with _counting(failures, name, _text(key)):
             measured = [key | row for row in measure()]
             print(*(f"{name} {_text(row)}" for row in measured), sep="\n", flush=True)
             rows += [row | where for row in measured]
             write(path, rows)
+        limit.count()
 
 
 @contextlib.contextmanager

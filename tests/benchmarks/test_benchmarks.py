@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__, cpu_layers, deep_stacks, gpu_kernels, registry, streaming
+from benchmarks import __main__, cpu_layers, deep_stacks, registry, streaming
 from benchmarks.__main__ import main
 from benchmarks.registry import BENCHMARKS, Benchmark, environment, interleave, read, spread
 
@@ -21,12 +21,13 @@ def measure(cases):
 def run(tmp_path, monkeypatch):
     """Run benchmarks that stand for themselves in a folder of their own; the rows of each."""
 
-    def run(fail=False, **cases):
+    def run(fail=False, minutes=None, **cases):
         findings = spread("ratio", "size")
         for name, generator in cases.items():
             monkeypatch.setitem(BENCHMARKS, name, Benchmark(generator, findings))
         with pytest.raises(SystemExit) if fail else contextlib.nullcontext() as caught:
-            main([*cases, "--output", str(tmp_path)])
+            limit = [] if minutes is None else ["--minutes", str(minutes)]
+            main([*cases, "--output", str(tmp_path), *limit])
         if fail:
             assert caught.value.code not in (0, None)
         return {name: read(tmp_path / f"{name}.csv") for name in cases}
@@ -117,6 +118,22 @@ def test_an_interrupted_run_leaves_its_rows(run, tmp_path):
     assert len(read(tmp_path / "small.csv")) == 2
 
 
+def test_a_run_stops_before_its_time_is_up(run, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(__main__.time, "monotonic", lambda: now[0])
+
+    def slow(self, size):
+        now[0] += 25.0
+        yield {"name": "a", "ratio": 1.5}
+
+    monkeypatch.setattr(Cases, "measure", slow)
+    rows = run(minutes=1, small=Cases(1, 2, 3, 4), other=Cases(5))
+    assert [row["size"] for row in rows["small"]] == ["1", "2"]
+    assert not rows["other"]
+    assert "small: time is up before size 3; run again to go on" in capsys.readouterr().out
+    assert [row["size"] for row in run(small=Cases(1, 2, 3, 4))["small"]] == ["1", "2", "3", "4"]
+
+
 def test_findings_rank_what_is_no_number_last():
     values = {"x": "2.0", "y": "nan", "z": "0.5", "base": "1.0"}
     rows = [{"name": name, "baseline": "base", "ratio": value} for name, value in values.items()]
@@ -159,23 +176,6 @@ def test_the_code_is_named_by_its_commit_if_that_is_all_of_it(tmp_path, monkeypa
     assert environment()["commit"] == commit
 
 
-@pytest.mark.parametrize("name", ["gpu_accuracy", "gpu_barriers", "gpu_speed"])
-def test_gpu_benchmarks_name_each_case_once(name):
-    keys = [tuple(key.items()) for key, _ in getattr(gpu_kernels, name)()]
-    assert len(keys) == len(set(keys)) > 5
-
-
-def test_barriers_are_found_by_size():
-    rows = [
-        {"hidden_size": size, "variant": variant, "us_per_step": time}
-        for size, variant, time in (("8", "a", "1.5"), ("8", "b", "1.2"), ("9", "a", "2"))
-    ]
-    assert list(BENCHMARKS["gpu_barriers"].findings(rows)) == [
-        "microseconds per step at H 8: a 1.5, b 1.2",
-        "microseconds per step at H 9: a 2",
-    ]
-
-
 def test_without_a_gpu_its_results_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     main(["gpu_speed", "--output", str(tmp_path)])
@@ -196,7 +196,10 @@ others = set(needed) - {{"torch", "triton"}}
 assert {{"lightning", "safetensors", "matplotlib"}} <= others
 sys.modules |= dict.fromkeys({{*others, "PIL", "pandas", "sklearn", "scipy", "onnx", "pytest"}})
 from benchmarks.__main__ import main
-main(["gpu_accuracy", "gpu_barriers", "gpu_speed", "--output", {str(tmp_path)!r}])
+from benchmarks import gpu_compile, gpu_targets
+main(["gpu_accuracy", "gpu_barriers", "gpu_exchange", "gpu_speed", "--output", {str(tmp_path)!r}])
+gpu_compile.wanted(list(gpu_compile.NAMES))
+gpu_targets.main(["--results", {str(tmp_path)!r}])
 """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).parents[2]
@@ -204,6 +207,7 @@ main(["gpu_accuracy", "gpu_barriers", "gpu_speed", "--output", {str(tmp_path)!r}
     assert {path.stem for path in tmp_path.iterdir()} == {
         "gpu_accuracy",
         "gpu_barriers",
+        "gpu_exchange",
         "gpu_speed",
     }
 
