@@ -6,9 +6,10 @@ import torch
 import yaml
 
 from benchmarks import gpu_models
-from benchmarks.gpu_models import SIZES, Size, build, draw, main, prepare, stored, use
+from benchmarks.gpu_models import SIZES, Size, build, draw, main, prepare, stored, train, use
 from benchmarks.registry import BENCHMARKS, read, write
 from fusedrnn.base import RecurrentBase
+from fusedrnn.dropout import Dropout
 from lightning_modules.data import PairData, TaggingData
 
 SENTENCES = "ab\tX\nba\tY\n\nb\tY\n\na\tX\nab\tX\n\nba\tY\n"
@@ -158,6 +159,25 @@ def test_every_part_computes_with_the_backend(tiny):
         assert sum(isinstance(m, RecurrentBase) for m in model.modules()) == parts - 1
 
 
+def test_dropout_sees_one_layout(tiny, monkeypatch):
+    seen = []
+    forward = Dropout.forward
+    monkeypatch.setattr(
+        Dropout, "forward", lambda self, x: seen.append(x.is_contiguous()) or forward(self, x)
+    )
+    for size, least in ((TAGGER, 4), (SEQ2SEQ, 3)):
+        found = stored(size, tiny / "batches.pt")
+        model = build(size, found.codec)
+        use(model, "reference" if size is SEQ2SEQ else "torch")
+        seen.clear()
+        batch = found.train[0]
+        if size is TAGGER:
+            model.model.encode(*batch[:6])
+        else:
+            model(batch.source, batch.source_lengths, batch.target[:, :-1])
+        assert len(seen) >= least and all(seen)
+
+
 def test_both_backends_learn_alike(tiny, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(gpu_models, "use", lambda m, name: (used.append(name), use(m, name)))
@@ -206,7 +226,8 @@ def test_nothing_to_draw(tmp_path):
         draw(tmp_path / "a.csv")
 
 
-def test_both_backends_write_the_same(tiny):
+def test_both_backends_write_the_same(tiny, monkeypatch):
+    monkeypatch.setattr(gpu_models, "train", lambda *given: train(*given[:2], "torch", given[3]))
     model = gpu_models._trained()
     model.model.output.bias.data[model.codec.target.eos] = -1e4  # or else it writes nothing
     rows = measure("gpu_decoding")
