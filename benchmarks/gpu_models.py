@@ -14,7 +14,6 @@ batches and draw the same dropout, so that their losses differ by rounding alone
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import statistics
@@ -265,10 +264,13 @@ def _now() -> float:
 
 
 def _products(precision: str) -> None:
-    """Choose how float32 is multiplied, alike in our kernels and in cuDNN."""
-    kind = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.rnn.fp32_precision = kind  # type: ignore[attr-defined]
+    """Choose how float32 is multiplied, alike in our kernels and in cuDNN.
+
+    By torch's older switches: after `fp32_precision` they raise when Lightning reads them.
+    """
+    fast = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if fast else "highest")
+    torch.backends.cudnn.allow_tf32 = fast
 
 
 def train(size: Size, precision: str, backend: str, path: Path) -> tuple[Any, Record]:
@@ -377,20 +379,22 @@ def gpu_models() -> Iterator[Case]:
 
 
 @cache
-def _trained() -> Any:
-    return train(SEARCHED, SEARCHED.precisions[0], BACKENDS[0], FILE)[0]
+def _trained() -> dict[str, Tensor]:
+    """The weights of `SEARCHED` after a short training."""
+    return train(SEARCHED, SEARCHED.precisions[0], BACKENDS[0], FILE)[0].state_dict()
 
 
 def _decode(beam: int) -> Iterator[Row]:
     from lightning_modules.search import SearchOptions
     from lightning_modules.seq2seq import LENGTH_PENALTY
 
-    _products("fp32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = copy.deepcopy(_trained()).eval().to(device)
-    batches = [
-        (b.source.to(device), b.source_lengths.to(device)) for b in stored(SEARCHED, FILE).val
-    ]
+    data = stored(SEARCHED, FILE)
+    model = build(SEARCHED, data.codec)
+    model.load_state_dict(_trained())
+    model.eval().to(device)
+    _products("fp32")
+    batches = [(b.source.to(device), b.source_lengths.to(device)) for b in data.val]
     options = SearchOptions(beam, length_penalty=LENGTH_PENALTY if beam > 1 else 0.0)
     found: dict[str, list[list[int]]] = {}
 

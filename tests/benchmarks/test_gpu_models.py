@@ -10,6 +10,7 @@ from benchmarks.gpu_models import SIZES, Size, build, draw, main, prepare, store
 from benchmarks.registry import BENCHMARKS, read, write
 from fusedrnn.base import RecurrentBase
 from fusedrnn.dropout import Dropout
+from kernels.persistent.plan import product_precision
 from lightning_modules.data import PairData, TaggingData
 
 SENTENCES = "ab\tX\nba\tY\n\nb\tY\n\na\tX\nab\tX\n\nba\tY\n"
@@ -48,7 +49,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(folder, monkeypatch):
+def products():
+    """Leave the precision of products as it was."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture
+def tiny(folder, products, monkeypatch):
     """The benchmarks at tiny sizes."""
     for name, value in (
         ("CONFIGS", folder),
@@ -178,6 +188,17 @@ def test_dropout_sees_one_layout(tiny, monkeypatch):
         assert len(seen) >= least and all(seen)
 
 
+def test_products_are_chosen_for_both_so_that_lightning_can_read_it(products):
+    for precision, expected in (("tf32", "high"), ("fp32", "highest"), ("bf16-mixed", "highest")):
+        for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn):
+            switch.fp32_precision = "tf32"  # as another benchmark may leave it
+        gpu_models._products(precision)
+        assert torch.get_float32_matmul_precision() == expected
+        fast = precision == "tf32"
+        assert (product_precision(torch.zeros(())) == "tf32") is fast
+        assert (torch.backends.cudnn.rnn.fp32_precision == "tf32") is fast
+
+
 def test_both_backends_learn_alike(tiny, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(gpu_models, "use", lambda m, name: (used.append(name), use(m, name)))
@@ -228,8 +249,8 @@ def test_nothing_to_draw(tmp_path):
 
 def test_both_backends_write_the_same(tiny, monkeypatch):
     monkeypatch.setattr(gpu_models, "train", lambda *given: train(*given[:2], "torch", given[3]))
-    model = gpu_models._trained()
-    model.model.output.bias.data[model.codec.target.eos] = -1e4  # or else it writes nothing
+    eos = build(SEQ2SEQ, stored(SEQ2SEQ, tiny / "batches.pt").codec).codec.target.eos
+    gpu_models._trained()["model.output.bias"][eos] = -1e4  # or else it writes nothing
     rows = measure("gpu_decoding")
     assert [(r["beam"], r["name"]) for r in rows] == [
         (beam, name) for beam in "15" for name in ("torch", "triton")
