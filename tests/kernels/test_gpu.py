@@ -7,12 +7,13 @@ from fusedrnn import GRU, LSTM
 from kernels import CELLS, ops
 from kernels.persistent import launch
 from tests.kernels.cases import outputs_and_gradients, random_layer
-from tests.kernels.triton_cases import assert_accurate, poison, to_device
+from tests.kernels.triton_cases import assert_accurate, poison, relative_error, to_device
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -29,13 +30,13 @@ def layer_of(cell, dtype=torch.float32, **shape):
     with torch.no_grad():
         layer.w_ih.mul_(0.5)
         layer.w_hh.mul_(scale)
-    return to_device(layer, "cuda", dtype)
+    return to_device(layer, DEVICE, dtype)
 
 
 def lengths_of(layer):
     steps, batch = layer.x.shape[:2]
     lengths = torch.randint(0, steps + 1, (batch,), generator=torch.Generator().manual_seed(0))
-    return lengths.cuda()
+    return lengths.to(DEVICE)
 
 
 def run(layer, **options):
@@ -53,6 +54,14 @@ def tf32(request):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_programs_meet(hidden, monkeypatch):
+    """First of all, with bounded waits: what would hang elsewhere is an error here."""
+    monkeypatch.setattr(launch, "BARRIER", "bounded")
+    layer = layer_of("lstm", torch.bfloat16, hidden=hidden, steps=3)
+    assert all(value.isfinite().all() for value in run(layer).values())
 
 
 @pytest.mark.parametrize("hidden", [37, 64, 200, 512, 1024, 1500])
@@ -73,20 +82,38 @@ def test_edges(cell, shape):
     assert_accurate(ops.recurrence, layer_of(cell, **shape))
 
 
+@pytest.mark.parametrize("hidden", [1, 2, 15, 16, 17, 100, 129, 768, 2048])
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_hidden_sizes(cell, hidden):
+    layer = layer_of(cell, torch.bfloat16, hidden=hidden, steps=5)
+    assert_accurate(ops.recurrence, layer, lengths=lengths_of(layer))
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "busy"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_hundred_runs_are_bitwise_equal(cell):
-    layer = layer_of(cell, torch.bfloat16, hidden=512, steps=64)
+def test_a_hundred_runs_are_bitwise_equal(cell, busy):
+    layer = layer_of(cell, torch.bfloat16, hidden=512, steps=32)
     first = run(layer)
+    other = torch.cuda.Stream() if busy else None
+    a = torch.randn(2048, 2048, device=DEVICE).bfloat16()
+    out = torch.empty_like(a)
+    torch.cuda.synchronize()
     for _ in range(100):
+        with torch.cuda.stream(other):  # None: nothing changes
+            for _ in range(20 if busy else 0):
+                torch.mm(a, a, out=out)
         assert_equal(run(layer), first)
 
 
+@pytest.mark.parametrize("hidden", [64, 200])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_unwritten_memory_is_never_read(cell, monkeypatch):
-    layer = layer_of(cell, torch.bfloat16, hidden=200)
-    expected = run(layer, lengths=lengths_of(layer))
+def test_unwritten_memory_is_never_read(cell, ragged, hidden, monkeypatch):
+    layer = layer_of(cell, torch.bfloat16, hidden=hidden)
+    options = {"lengths": lengths_of(layer)} if ragged else {}
+    expected = run(layer, **options)
     poison(monkeypatch)
-    assert_equal(run(layer, lengths=lengths_of(layer)), expected)
+    assert_equal(run(layer, **options), expected)
 
 
 @pytest.mark.parametrize("variant", ["load", "bounded"])
@@ -98,15 +125,35 @@ def test_barrier_variants_agree(variant, monkeypatch):
 
 
 def test_more_steps_than_sixteen_bits_count():
-    layer = LSTM(4, 32, backend="triton").cuda()
-    exact = torch.nn.LSTM(4, 32).double()
+    steps = 70_000
+    layer = LSTM(4, 32, backend="triton").to(DEVICE)
+    exact = torch.nn.LSTM(4, 32).to(DEVICE, torch.float64)
     exact.load_state_dict(layer.state_dict())
-    x = torch.randn(70_000, 2, 4)
-    with torch.no_grad():
-        y, _ = layer(x.cuda())
-        expected, _ = exact(x.double())
+    x = torch.randn(steps, 2, 4, device=DEVICE, requires_grad=True)
+    cotangent = torch.randn(steps, 2, 32, device=DEVICE)
+    y, _ = layer(x)
+    first, state = exact(x[: steps // 2].double())  # cuDNN takes no more than 65,535 steps at once
+    second, _ = exact(x[steps // 2 :].double(), state)
+    expected = torch.cat([first, second])
     # A contractive recurrence forgets its roundings: a few units remain, however long it is.
-    assert (y.cpu() - expected).abs().max() < 50 * torch.finfo(torch.float32).eps
+    assert (y - expected).abs().max() < 50 * torch.finfo(torch.float32).eps
+    (actual,) = torch.autograd.grad(y, x, cotangent)
+    (wanted,) = torch.autograd.grad(expected, x, cotangent.double())
+    assert relative_error(actual, wanted.double()) < 1e-5
+
+
+def test_more_elements_than_32_bits_count():
+    steps, batch, size = 4352, 128, 1024  # of gates: 2.3e9
+    layer = LSTM(16, size, backend="triton").to(DEVICE, torch.bfloat16)
+    x = torch.randn(steps, batch, 16, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, final = layer(x)
+        first, state = layer(x[: steps // 2])
+        second, last = layer(x[steps // 2 :], state)
+    # Far below what another element's value would do; cuBLAS may round a shorter product otherwise.
+    torch.testing.assert_close(y[: steps // 2], first, atol=0.03, rtol=0)
+    torch.testing.assert_close(y[steps // 2 :], second, atol=0.03, rtol=0)
+    torch.testing.assert_close(final[0], last[0], atol=0.03, rtol=0)
 
 
 def test_streams_side_by_side():
@@ -122,30 +169,41 @@ def test_streams_side_by_side():
         assert_equal(result, value)
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize("hidden", [64, 512])
-def test_cuda_graph(hidden):
-    layer = LSTM(16, hidden, bidirectional=True, backend="triton").cuda().bfloat16()
-    x = torch.randn(20, 32, 16, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected, _ = layer(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            layer(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y, _ = layer(x)
-        for _ in range(3):
-            y.zero_()
-            graph.replay()
-            assert torch.equal(y, expected)
+def test_cuda_graph(hidden, ragged):
+    layer = LSTM(16, hidden, bidirectional=True, backend="triton").to(DEVICE, torch.bfloat16)
+    x = torch.randn(20, 32, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    cotangent = torch.randn(20, 32, 2 * hidden, device=DEVICE, dtype=torch.bfloat16)
+    lengths = torch.arange(32, device=DEVICE) % 20 + 1 if ragged else None
+
+    def step():
+        y, _ = layer(x, lengths=lengths)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+        expected = step()
+        for value in captured:
+            value.detach().zero_()
+        graph.replay()
+        assert torch.equal(captured[0], expected[0])
+        torch.testing.assert_close(captured, expected)
 
 
 @pytest.mark.parametrize("layer", [LSTM, GRU])
 def test_compiled_by_inductor(layer):
-    net = layer(16, 200, num_layers=2, bidirectional=True, backend="triton").cuda()
-    x = torch.randn(20, 32, 16, device="cuda", requires_grad=True)
+    net = layer(16, 200, num_layers=2, bidirectional=True, backend="triton").to(DEVICE)
+    x = torch.randn(20, 32, 16, device=DEVICE, requires_grad=True)
     y, _ = torch.compile(net, fullgraph=True)(x)
     expected, _ = net(x)
     torch.testing.assert_close(y, expected)
@@ -155,10 +213,10 @@ def test_compiled_by_inductor(layer):
 
 
 def test_autocast_and_grad_scaler():
-    layer = LSTM(16, 128, backend="triton").cuda()
+    layer = LSTM(16, 128, backend="triton").to(DEVICE)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cuda")
-    x = torch.randn(20, 32, 16, device="cuda")
+    x = torch.randn(20, 32, 16, device=DEVICE)
     before = layer.weight_hh_l0.detach().clone()
     with torch.autocast("cuda", torch.float16):
         loss = layer(x)[0].float().square().mean()
@@ -173,8 +231,8 @@ def test_autocast_and_grad_scaler():
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_agrees_with_cudnn(cell, bidirectional):
     sizes, shape = (16, 256), {"num_layers": 2, "bidirectional": bidirectional}
-    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell](*sizes, **shape).cuda()
-    ours = {"lstm": LSTM, "gru": GRU}[cell](*sizes, **shape, backend="triton").cuda()
+    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell](*sizes, **shape).to(DEVICE)
+    ours = {"lstm": LSTM, "gru": GRU}[cell](*sizes, **shape, backend="triton").to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(50, 32, 16, device="cuda")
+    x = torch.randn(50, 32, 16, device=DEVICE)
     torch.testing.assert_close(ours(x)[0], theirs(x)[0], atol=1e-3, rtol=0)  # cuDNN may use tf32

@@ -89,10 +89,13 @@ def assert_accurate(run: Callable, layer: Layer, **options: object) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """New tensors that nobody has filled hold NaN."""
-    real = torch.Tensor.new_empty
 
-    def poisoned(self: torch.Tensor, *shape: object, **options: object) -> torch.Tensor:
-        out = real(self, *shape, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+    def poisoned(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def new(*arguments: object, **options: object) -> Tensor:
+            out = real(*arguments, **options)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
