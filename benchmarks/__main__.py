@@ -23,9 +23,8 @@ import torch
 
 import benchmarks
 
-from .registry import BENCHMARKS, Row, environment, read, write
+from .registry import BENCHMARKS, RESULTS, Row, environment, read, write
 
-RESULTS = Path(__file__).parent / "results"
 R = TypeVar("R", bound=Mapping[str, object])
 NO_GPU: Row = {"status": "no GPU has run this"}
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .gpu_speed import CORNER, grid
-from .registry import ROOT, read
+from .registry import RESULTS, read
 
-RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
 POINT = tuple(asdict(CORNER))
 PASSES = ("forward", "training")

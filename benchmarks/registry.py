@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, object]
 Case = tuple[Row, Callable[[], Iterable[Row]]]
 """The columns that name some rows of the result, and what measures the others of each."""
