@@ -325,7 +325,7 @@ def _measure(size: Size, precision: str, backend: str) -> Iterator[Row]:
         "tokens_per_second": round(statistics.median(record.rates[WARM:])),
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else "",
         "steps": len(record.losses),
-        "losses": " ".join(f"{mean:.5g}" for mean in record.means),
+        "losses": " ".join(f"{mean:.7g}" for mean in record.means),
     }
 
 
