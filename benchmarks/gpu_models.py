@@ -34,8 +34,7 @@ import lightning_modules
 from fusedrnn import CRF, AttentionDecoder
 from fusedrnn.base import RecurrentBase
 
-from .long_dependencies import RESULTS
-from .registry import ROOT, Case, Row, benchmark, interleave, read
+from .registry import RESULTS, ROOT, Case, Row, benchmark, interleave, read
 
 CONFIGS = Path(lightning_modules.__file__).parent / "configs"
 FILE = ROOT / "runs" / "gpu_models.pt"
