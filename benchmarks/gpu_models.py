@@ -38,6 +38,7 @@ from .registry import RESULTS, ROOT, Case, Row, benchmark, interleave, read
 
 CONFIGS = Path(lightning_modules.__file__).parent / "configs"
 FILE = ROOT / "runs" / "gpu_models.pt"
+COMMAND = "where the data are installed: python -m benchmarks.gpu_models prepare"
 BACKENDS = ("triton", "torch")
 STEPS, BLOCK, WARM, EARLY = 300, 10, 3, 5
 """Training steps; those of a block, whose losses and times are put together; blocks before times
@@ -157,9 +158,6 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; make it {COMMAND}")
     return torch.load(path, weights_only=True)
-
-
-COMMAND = "where the data are installed: python -m benchmarks.gpu_models prepare"
 
 
 def stored(size: Size, path: Path) -> Stored:
