@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .compile_facts import DTYPES
 from .gpu_compile import Kernel, kernels_of
 from .gpu_kernels import (
-    DTYPES,
     LAYERS,
     device_properties,
     joined,

@@ -14,8 +14,9 @@ import torch
 from kernels.persistent import plan as planning
 from kernels.persistent.plan import LaunchPlan
 
+from .compile_facts import DTYPES
 from .gpu_compile import Kernel, kernel_of
-from .gpu_kernels import DTYPES, device_properties, microseconds, set_precision
+from .gpu_kernels import device_properties, microseconds, set_precision
 from .loops import Loop
 from .registry import Case, Row, benchmark
 

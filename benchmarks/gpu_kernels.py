@@ -24,7 +24,7 @@ import fusedrnn
 from fusedrnn.base import RecurrentBase
 from kernels.persistent.plan import Device, device_of
 
-from .compile_facts import DEVICES, DTYPES
+from .compile_facts import DEVICES
 from .registry import Findings
 
 Run = Callable[[], object]
@@ -59,10 +59,12 @@ LAYERS = {
 
 
 def set_precision(name: str) -> None:
-    """Products of float32 as `name` of `DTYPES` says, in cuBLAS and in cuDNN."""
-    kind = DTYPES[name][1]
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.rnn.fp32_precision = kind  # type: ignore[attr-defined]
+    """Products of float32 as `name` of `DTYPES` says, in cuBLAS and in cuDNN.
+
+    By torch's older switches: they set the newer ones, too, while torch refuses to compile where
+    only the newer ones were set.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
 
 
 def our_layer(

@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fusedrnn.base import RecurrentBase
 from kernels.persistent.plan import choose
 
+from .compile_facts import DTYPES
 from .gpu_compile import Kernel, kernels_of
 from .gpu_kernels import (
-    DTYPES,
     Run,
     compare,
     device_properties,
@@ -246,7 +246,8 @@ def measure(
     extra = {"lengths": lengths} if point.lengths else {}
     others = tuple(extra.values())
     if point.against not in ("lstm", "gru"):
-        _check(ours(x, **extra)[0], other(x, *others)[0])
+        with torch.no_grad():
+            _check(ours(x, **extra)[0], other(x, *others)[0])
     row: Row = {}
     mine = (x, None, lengths) if point.lengths else (x,)
     for what, make in (("forward", forward), ("training", training)):
@@ -267,7 +268,7 @@ def measure(
 def _check(ours: Tensor, other: Tensor) -> None:
     """Raise ValueError unless both computed the same thing: no speed is worth telling otherwise."""
     error = relative_error(ours, other)
-    if not error < 0.03:  # bf16, hundreds of steps
+    if not error < 0.1:  # a fault errs by about 1, the roundings of bf16 by 0.01
         raise ValueError(f"ours differs from the other by {error:.2g} of its norm")
 
 

@@ -16,8 +16,9 @@ import triton.compiler
 import triton.compiler.compiler as compiler
 
 from benchmarks import gpu_accuracy, gpu_exchange, gpu_speed
+from benchmarks.compile_facts import DTYPES
 from benchmarks.gpu_compile import compile_kernel, kernel_of, kernels_of, target_of_a_gpu_elsewhere
-from benchmarks.gpu_kernels import DTYPES, device_properties, forward, our_layer, set_precision
+from benchmarks.gpu_kernels import device_properties, forward, our_layer, set_precision
 from benchmarks.gpu_kernels import training as training_of
 from benchmarks.loops import Loop
 from kernels.persistent.backward import backward_kernel

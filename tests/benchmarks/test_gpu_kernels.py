@@ -6,19 +6,29 @@ import pytest
 import torch
 
 from benchmarks import gpu_accuracy, gpu_barriers, gpu_exchange, gpu_kernels, gpu_speed
+from benchmarks.compile_facts import DTYPES
 from benchmarks.registry import BENCHMARKS
 from kernels import CELLS
 from kernels.persistent import plan as planning
 
-PRECISIONS = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 @pytest.fixture(autouse=True)
 def precision():
-    before = [backend.fp32_precision for backend in PRECISIONS]
+    before = [switch.allow_tf32 for switch in SWITCHES]
     yield
-    for backend, value in zip(PRECISIONS, before, strict=True):
-        backend.fp32_precision = value
+    for switch, value in zip(SWITCHES, before, strict=True):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.parametrize("name", ["tf32", "fp32", "bf16"])
+def test_precision_is_that_of_the_kernels(name):
+    gpu_kernels.set_precision(name)
+    like = torch.empty(0, dtype=DTYPES[name][0])
+    assert planning.product_precision(like) == DTYPES[name][1]
+    assert torch.backends.cudnn.rnn.fp32_precision == ("tf32" if name == "tf32" else "none")
+    assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
 
 
 @pytest.mark.parametrize("name", ["gpu_accuracy", "gpu_barriers", "gpu_exchange", "gpu_speed"])
