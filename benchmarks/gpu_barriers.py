@@ -1,4 +1,9 @@
-"""What the group barrier alone costs on a GPU: each variant, from two programs to all."""
+"""What the group barrier alone costs on a GPU: each variant, from two programs to all.
+
+Triton compiles the poll of "atomic", an atomic addition of zero, to an acquiring load by one thread
+and two barriers of the program around it, which hand the value on; "load" is an acquiring load by
+every thread, without them; "bounded" is "atomic" that gives up.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu_compile [gpu_speed ...] [--minutes 4] [--jobs 16]
 
-Triton finds them in its cache by a key of the source, the argument types, the options, the target
-and Triton's own files (a test shows that the launches ask for these keys). No GPU is needed: with
-the very same build of Triton for the same Python version, and TRITON_CACHE_DIR at the same absolute
-path (the cache holds absolute paths), the cache may be filled on one machine and carried to
-another; TRITON_STORE_BINARY_ONLY=1 keeps it small. A cache that does not fit is never used.
+Triton finds them in its cache by a key of the source, the argument types, the options, the target,
+Triton's own files and the version of ptxas; a test shows that launches ask for these keys. So a
+cache can be carried to where the same build of Triton runs under the same Python version, if
+TRITON_CACHE_DIR is the same absolute path there (the cache holds absolute paths): 20 KB a kernel
+with TRITON_STORE_BINARY_ONLY=1 and xz. A cache that does not fit is never used. No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What the benchmarks of the Triton kernels on a GPU share: layers, precisions, timing.
 
-A session with a card, half an hour (`pytest -m gpu` first: a speed counts only for kernels that
-compute the right thing):
+Half an hour with a card, in commands that end before ten minutes; each can be repeated, and goes on
+where it stopped as long as the CSV files and the code stay as they are:
 
-    python -m benchmarks.gpu_compile          2 min   every kernel of what follows, on all cores
-    python -m pytest -m gpu tests/kernels     6 min
-    python -m benchmarks gpu_accuracy gpu_barriers gpu_exchange --minutes 5
-    python -m benchmarks gpu_speed --minutes 8      as often as there is time: it goes on
-    python -m benchmarks.gpu_targets          at any time, anywhere: which targets are met, plots
+    pytest -m gpu tests/kernels/test_gpu.py -k meet     a hang would show here, as an error
+    pytest -m gpu tests/kernels/test_gpu.py -n 12       no speed counts before this is green
+    python -m benchmarks.gpu_compile                    all kernels of the rest, on all cores
+    python -m benchmarks gpu_accuracy gpu_barriers gpu_exchange --minutes 4
+    python -m benchmarks gpu_speed --minutes 8
+    python -m benchmarks.gpu_targets --figures          anywhere: which targets are met
 """
 
 from __future__ import annotations
