@@ -97,7 +97,7 @@ CONSTANTS = {
 
 
 def fit(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """The constants of the cost model by least squares over the rows.
+    """The constants of the cost model by least squares of the relative error over the rows.
 
     us / launches = POINTWISE + exchanges HOP + waits L2_LATENCY + bytes / rate + ...; columns that
     never count are left out, and what two columns cannot tell apart is shared between them.
@@ -105,11 +105,11 @@ def fit(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     columns = [c for c in CONSTANTS if any(float(row[c]) for row in rows)]
     table = torch.tensor([[1.0, *(float(r[c]) for c in columns)] for r in rows]).double()
     times = [float(row["us_per_step"]) / float(row["launches"]) for row in rows]
+    table = table / torch.tensor(times).double()[:, None]
     scale = table.amax(0)
-    solved = torch.linalg.lstsq(
-        table / scale, torch.tensor(times).double()[:, None], driver="gelsd"
-    )
-    pointwise, *values = (solved.solution[:, 0] / scale).tolist()
+    ones = torch.ones(len(rows), 1).double()
+    solved = torch.linalg.lstsq(table / scale, ones, driver="gelsd").solution
+    pointwise, *values = (solved[:, 0] / scale).tolist()
     found = {"POINTWISE": pointwise}
     for column, value in zip(columns, values, strict=True):
         name = CONSTANTS[column][0]

@@ -142,12 +142,12 @@ def table(folder: Path) -> Iterator[str]:
 
 def _lines(axis: Any, rows: Sequence[Row], column: str, style: str, label: str) -> None:
     """A line over H for each batch size."""
-    for index, batch in enumerate(sorted({int(row["batch"]) for row in rows})):
+    for batch in sorted({int(row["batch"]) for row in rows}):
         of_batch = [row for row in rows if int(row["batch"]) == batch and row.get(column)]
         pairs = sorted((int(row["hidden_size"]), float(row[column])) for row in of_batch)
         if pairs:
-            text = f"{label} B={batch}"
-            axis.plot(*zip(*pairs, strict=True), style, color=f"C{index}", marker=".", label=text)
+            look = {"color": f"C{batch.bit_length()}", "marker": ".", "label": f"{label} B={batch}"}
+            axis.plot(*zip(*pairs, strict=True), style, **look)
 
 
 def _finish(axis: Any, title: str, ylabel: str) -> None:
