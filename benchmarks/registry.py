@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib.metadata
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -102,16 +103,18 @@ def environment() -> Row:
     """What a result depends on: processor or GPU, threads, versions, and the code.
 
     The code is named by its commit; with changes, or without git, by a digest of the sources too.
+    Without git the environment's COMMIT may say which commit it is.
     """
     gpu = torch.cuda.is_available()
-    commit = _git("rev-parse", "--short", "HEAD")
+    found = _git("rev-parse", "--short", "HEAD")
+    commit = found or os.environ.get("COMMIT", "")
     changed = _git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
     return {
         "machine": torch.cuda.get_device_name() if gpu else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": commit if commit and not changed else f"{commit}+{_digest()}",
+        "commit": commit if found and not changed else f"{commit}+{_digest()}",
     }
 
 

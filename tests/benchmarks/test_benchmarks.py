@@ -160,6 +160,8 @@ def test_the_code_is_named_by_its_commit_if_that_is_all_of_it(tmp_path, monkeypa
     (results / "a.csv").write_text("a\n")
     unknown = environment()["commit"]
     assert unknown.startswith("+")
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert environment()["commit"] == "abc1234" + unknown
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
