@@ -38,15 +38,39 @@ def _place(row: Row, names: Iterable[str]) -> str:
     return " ".join(f"{name}={row[name]}" for name in names if row.get(name))
 
 
+def _share(row: Row, what: str) -> str:
+    """How much of the time the loops take, measured and by the model: the rest is not theirs."""
+    loops = {"forward": ("forward",), "training": ("forward", "backward")}.get(what, ())
+    if not loops or not row.get("forward_loop_us"):
+        return ""
+    spent, floor = (
+        int(row["layers"]) * sum(float(row[f"{loop}_{kind}_us"]) for loop in loops)
+        for kind in ("loop", "floor")
+    )
+    ours = float(row[f"{what}_ours_us"])
+    return f", where a step takes {ours:.2f} µs, the loops {spent:.2f}, by the model {floor:.2f}"
+
+
 def _worst(
     target: str,
     rows: Sequence[Row],
     value: Callable[[Row], float],
     limit: float,
     least: bool,
+    what: str = "",
     names: Sequence[str] = POINT,
 ) -> Verdict:
-    """A limit that every row must keep, with the row that comes closest to breaking it."""
+    """A limit that every row must keep, with the row that comes closest to breaking it.
+
+    Args:
+        target: what is wanted.
+        rows: those concerned.
+        value: what is limited.
+        limit: of it.
+        least: whether it must not be less, or not more.
+        what: the pass whose time it is about, or "".
+        names: columns that name a row.
+    """
     if not rows:
         return Verdict(target, "not measured", "-")
 
@@ -56,7 +80,7 @@ def _worst(
 
     worst = max(rows, key=badness)
     broken = sum(badness(row) > (-limit if least else limit) for row in rows)
-    text = f"{value(worst):.2f} at {_place(worst, names)}"
+    text = f"{value(worst):.2f} at {_place(worst, names)}{_share(worst, what) if broken else ''}"
     if len(rows) > 1:
         text = f"worst {text}; {len(rows) - broken} of {len(rows)} within"
     return Verdict(target, text, "no" if broken else "yes")
@@ -100,28 +124,28 @@ def verdicts(folder: Path) -> Iterator[Verdict]:
     accuracy = measured(folder, "gpu_accuracy")
     case = ("cell", "dtype", "hidden_size", "bidirectional", "lengths", "denominator")
     target = "error at most 2 x that of torch's kernels"
-    yield _worst(target, accuracy, lambda row: float(row["worst_ratio"]), 2, False, case)
+    yield _worst(target, accuracy, lambda row: float(row["worst_ratio"]), 2, False, names=case)
     for what in PASSES:
         target = f"{what} at least 1.0 x cuDNN at its best corner"
-        yield _worst(target, at_corner, _ratio(what), 1, True)
+        yield _worst(target, at_corner, _ratio(what), 1, True, what)
     for what in PASSES:
         yield _mean(f"{what} at least 3 x cuDNN, geometric mean of the grid", points, what, 3)
     for what in PASSES:
-        yield _worst(f"{what} nowhere below 0.9 x cuDNN", cudnn, _ratio(what), 0.9, True)
+        yield _worst(f"{what} nowhere below 0.9 x cuDNN", cudnn, _ratio(what), 0.9, True, what)
     for what in PASSES:
         rows = against("cuDNN packed")
-        yield _worst(f"{what} at least 5 x packed sequences", rows, _ratio(what), 5, True)
+        yield _worst(f"{what} at least 5 x packed sequences", rows, _ratio(what), 5, True, what)
     for what in PASSES:
         rows = against("lstm", "lstm_peephole")
         target = f"{what} with peepholes at most 1.05 x the LSTM"
-        yield _worst(target, rows, _slowdown(what), 1.05, False)
+        yield _worst(target, rows, _slowdown(what), 1.05, False, what)
     for what in PASSES:
         rows = against("gru", "gru_reset_before")
         target = f"{what} of the reset-before GRU at most 1.6 x the GRU"
-        yield _worst(target, rows, _slowdown(what), 1.6, False)
+        yield _worst(target, rows, _slowdown(what), 1.6, False, what)
     for what in PASSES:
         rows = against("compiled loop")
-        yield _worst(f"{what} at least 20 x a compiled loop", rows, _ratio(what), 20, True)
+        yield _worst(f"{what} at least 20 x a compiled loop", rows, _ratio(what), 20, True, what)
     for what in ("forward", "backward"):
         rows = [row for row in speed if row.get(f"{what}_over_floor")]
         target = f"{what} loop at most 1.5 x the model's floor"

@@ -63,8 +63,13 @@ def test_each_target_has_a_verdict(results):
     assert mean == ("4.00 over 2 of 360 points; 8.00 over the 1 of cuDNN's standard algorithm")
     error = met["error at most 2 x that of torch's kernels"].measured
     assert error.startswith("worst nan at cell=gru dtype=fp16") and "2 of 3 within" in error
+    corner = met["training at least 1.0 x cuDNN at its best corner"].measured
+    assert corner.startswith("0.95 at cell=lstm dtype=fp16 hidden_size=768 batch=16")
+    said = ", where a step takes 2.00 µs, the loops 2.40, by the model 2.00"
+    assert corner.endswith(said)
     peephole = met["forward with peepholes at most 1.05 x the LSTM"].measured
     assert peephole.startswith("1.04 at cell=lstm_peephole dtype=bf16 hidden_size=512")
+    assert "µs" not in peephole
 
 
 def test_without_measurements_nothing_is_met(tmp_path, capsys):
