@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
                 seconds += future.result()
             except Exception as error:
                 print(f"failed: {type(error).__name__}: {error}: {futures[future]}", flush=True)
+            if done % 50 == 0:
+                print(f"{done} of {len(every)}", flush=True)
             if time.monotonic() > end:
                 pool.shutdown(wait=False, cancel_futures=True)
     print(
