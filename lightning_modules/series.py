@@ -162,6 +162,10 @@ class Forecaster(_SeriesTask):
         independent: whether each target column is predicted from its own past alone, all of them by
             the same network, which so has more to learn from and less to get wrong.
         autoregressive: whether each prediction is fed to the next step, in training as in use.
+        linear: whether a linear map of each target column's own past, the mean of the rows read
+            taken away, is added and learnt with the network, which so has only the rest to learn
+            (the autoregressive component of Lai et al., Modeling Long- and Short-Term Temporal
+            Patterns with Deep Neural Networks, 2018).
         backend: of the recurrent layers.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate scheduler from the optimizer.
@@ -188,6 +192,7 @@ class Forecaster(_SeriesTask):
         center: bool = True,
         independent: bool = False,
         autoregressive: bool = False,
+        linear: bool = False,
         backend: str = "auto",
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
@@ -211,6 +216,7 @@ class Forecaster(_SeriesTask):
             "center": center,
             "independent": independent,
             "autoregressive": autoregressive,
+            "linear": linear,
         }
         sizes = codec.sizes
         if independent:
@@ -221,6 +227,8 @@ class Forecaster(_SeriesTask):
         super().__init__(codec, architecture, arguments, optimizer, scheduler, **sizes)
         self.start_from, self.center = start_from, center
         self.independent, self.autoregressive = independent, autoregressive
+        shape = len(codec.targets), codec.horizon, codec.context
+        self.linear = nn.Parameter(torch.zeros(shape)) if linear else None
 
     def _new_scores(self) -> nn.ModuleDict:
         scores: dict[str, Metric] = {}
@@ -257,6 +265,10 @@ class Forecaster(_SeriesTask):
             difference, _ = self.model(source, lengths, steps)
         if self.independent:
             difference = difference[..., 0].unflatten(0, (-1, targets)).mT
+        if self.linear is not None:
+            own = batch.source[..., self.codec.places]
+            own = own - own.mean(1, keepdim=True)
+            difference = difference + torch.einsum("bsk,khs->bhk", own, self.linear)
         return self._naive(batch.source, self.start_from) + difference
 
     def _evaluate(self, batch: SeriesBatch, stage: str) -> None:

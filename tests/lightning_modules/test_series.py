@@ -114,6 +114,25 @@ def test_the_network_predicts_a_difference(table, start_from):
     torch.testing.assert_close(forecast[..., 0], expected)
 
 
+def test_a_linear_map_of_each_column_is_added():
+    """After an output layer of zeros the difference to the naive forecast is linear."""
+    sizes = {"context": 5, "horizon": 4, "season": 3}
+    codec = SeriesCodec(["a", "b", "c"], [0] * 3, [1] * 3, ["c", "a"], **sizes)
+    model = Forecaster(codec, **SMALL, linear=True, start_from="last", independent=True)
+    torch.nn.init.zeros_(model.model.output.weight)
+    torch.nn.init.zeros_(model.model.output.bias)
+    torch.nn.init.normal_(model.linear)
+    source = torch.randn(2, 5, 3)
+    batch = SeriesBatch(source, torch.zeros(2, 5, 0), torch.zeros(2, 4, 2), torch.zeros(2, 4, 0))
+    with torch.no_grad():
+        forecast = model(batch)
+    for place, column in enumerate((2, 0)):
+        for row in range(2):
+            past = source[row, :, column]
+            expected = past[-1] + model.linear[place] @ (past - past.mean())
+            torch.testing.assert_close(forecast[row, :, place], expected)
+
+
 def test_a_level_that_is_taken_away_changes_nothing():
     codec = SeriesCodec(["a"], [0], [1], ["a"], context=5, horizon=3, season=3)
     model = Forecaster(codec, **SMALL).eval()
@@ -145,7 +164,7 @@ def test_independent_columns_know_nothing_of_each_other():
         {"autoregressive": True, "independent": True},
         {"attention": "none", "cell": "gru", "encoder_sizes": [16], "bidirectional": False},
         {"attention": "additive", "input_feeding": True, "source_stride": 2, "dropout": 0.1},
-        {"start_from": "zero", "center": False},
+        {"start_from": "zero", "center": False, "linear": True},
     ],
     ids=lambda arguments: "-".join(arguments),
 )
