@@ -332,7 +332,9 @@ class PairData(DataModule):
         source_column: column of the source texts.
         target_column: column of the target texts.
         column_names: names of the columns of tables without a header line; a file of any other
-            suffix is then read as tab-separated.
+            suffix is then read as tab-separated. With `...` after the last one a line may have
+            further cells, each a pair of its own: [word, phonemes, ...] for a word and all of its
+            pronunciations.
         held_out: percentage of the sources that each split held out of `train` gets, at most 5.
         source_symbols: `characters`, `words`, `separated` or `subwords` (byte-pair encoding; the
             extra `fusedrnn[subwords]`).
@@ -468,6 +470,15 @@ class PairData(DataModule):
         source = place if self.dataset is None else self.dataset
         split = "train" if self.dataset is None else place
         return read_table(source, split, self.config, self.columns, self.column_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode what a stage needs; for `fit` also read a file for testing.
+
+        Its faults would show only after the training.
+        """
+        if stage == "fit" and self.dataset is None and self._places["test"] is not None:
+            self.pairs("test")
+        super().setup(stage)
 
     def _encode(self, split: str) -> EncodedRows[PairRow]:
         pairs, training = self.pairs(split), split == "train"

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
+MORE = "..."
+"""After the names of columns: a line may have further cells."""
+
 _TABLES = {".tsv": "\t", ".csv": ","}
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -56,7 +59,8 @@ def load_rows(
         split: the split to take of a dataset of the hub (slices such as `train[:90%]` too); a file
             is one split.
         config: the configuration of a dataset of the hub, such as a language pair.
-        column_names: names for the columns of a table without a header line.
+        column_names: names for the columns of a table without a header line. With `...` after the
+            last one a line may have further cells: each is its value in a row of its own.
 
     Raises:
         FileNotFoundError: the file does not exist, or the hub has no such dataset or cannot be
@@ -152,6 +156,15 @@ def _load_table(path: Path, delimiter: str, names: Sequence[str] | None) -> data
         names = rows.pop(0)[1]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: expected distinct column names, got {', '.join(names)}")
+    if names[-1] == MORE and len(names) > 1:
+        names = names[:-1]
+        last = len(names) - 1
+        for number, row in rows:
+            if len(row) <= last or any(not cell.strip() for cell in row[last:]):
+                raise ValueError(
+                    f"{path}:{number}: expected text in {names[last]!r} and in every further cell"
+                )
+        rows = [(number, [*row[:last], cell]) for number, row in rows for cell in row[last:]]
     for number, row in rows:
         if len(row) != len(names):
             raise ValueError(

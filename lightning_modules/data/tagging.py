@@ -653,6 +653,15 @@ class TaggingData(DataModule):
         indices = _index(self.token_column, 0, place), _index(tag, -1, place)
         return read_columns(place, *indices, self.delimiter, scheme)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode what a stage needs; for `fit` also read a file for testing.
+
+        Its faults would show only after the training.
+        """
+        if stage == "fit" and self.dataset is None and self._places["test"] is not None:
+            self.sentences("test")
+        super().setup(stage)
+
     def _encode(self, split: str) -> EncodedRows[Row] | _TrainingRows:
         codec, sentences, training = self.codec, self.sentences(split), split == "train"
         if training:

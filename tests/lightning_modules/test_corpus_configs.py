@@ -7,6 +7,7 @@ import torch
 
 from fusedrnn.train import main
 
+PARTS, FILES = ("train", "val", "test"), ("good", "good", "bad")
 WORDS = ["ABBEY\tAE B IY", "ABBEY\tAE B EY", "AARON\tEH R AH N", "BAN\tB AE N", "NA\tN AA"]
 CAPTIONS = {
     "en": ["Two young men are outside.", "A man rides a bike.", "NA", "A dog, a cat."] * 10,
@@ -19,7 +20,8 @@ def corpus(folder, name):
     if name.startswith("g014b2b"):
         many = [f"{chr(65 + n % 26)}{chr(65 + n // 26)}B\tAE B" for n in range(600)]
         (folder / "g014b2b.train").write_text("\n".join([*WORDS, *many]) + "\n")
-        (folder / "g014b2b.ref").write_text("\n".join(WORDS) + "\n")
+        lines = [WORDS[0] + WORDS[1].removeprefix("ABBEY"), *WORDS[2:]]  # as it is published
+        (folder / "g014b2b.ref").write_text("\n".join(lines) + "\n")
         return {"train": "g014b2b.train", "test": "g014b2b.ref"}
     if name == "sigmorphon":
         for split in ("train", "dev", "test"):
@@ -64,3 +66,16 @@ def test_the_corpora_are_read_whole(tmp_path, monkeypatch):
     references = {r.text: r.references for r in data._rows["test"]}
     assert references["ABBEY"] == [["AE", "B", "IY"], ["AE", "B", "EY"]]
     assert references["NA"] == [["N", "AA"]]
+
+
+@pytest.mark.parametrize("name", ["g014b2b", "ner"])
+def test_a_file_for_testing_is_read_before_training(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").write_text("A\tO\n")
+    (tmp_path / "bad").write_text("A\tO\nB\n")
+    data = [f"--data.{part}={text}" for part, text in zip(PARTS, FILES, strict=True)]
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", name, *data])
+    assert caught.value.code == 2
+    assert "error: bad:2: expected" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

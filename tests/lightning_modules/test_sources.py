@@ -73,6 +73,18 @@ def test_other_suffixes_are_tables_where_their_columns_are_named(file):
     assert column(rows, "sound", path) == ["T R", "AE B"]
 
 
+def test_further_cells_are_further_rows(file):
+    path = file("g014b2b.ref", "id1\tABS\tAE B Z\tEY B IY EH S\nid2\tAB\tAE B\n")
+    rows = load_rows(path, column_names=["id", "word", "sound", "..."])
+    assert column(rows, "id", path) == ["id1", "id1", "id2"]
+    assert column(rows, "word", path) == ["ABS", "ABS", "AB"]
+    assert column(rows, "sound", path) == ["AE B Z", "EY B IY EH S", "AE B"]
+    for text in ("1\tA\tB\n2\tA\n", "1\tA\tB\n2\tA\tB\t\n"):
+        path = file("bad.ref", text)
+        with pytest.raises(ValueError, match=r"bad\.ref:2: expected text in 'sound' and in every"):
+            load_rows(path, column_names=["id", "word", "sound", "..."])
+
+
 def test_wrong_column_names_the_columns(file):
     path = file("t.tsv", "word\tsound\na\tb\n")
     with pytest.raises(ValueError, match=r"t\.tsv: no column 'text'; its columns are word, sound"):
