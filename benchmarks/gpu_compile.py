@@ -50,8 +50,15 @@ class Kernel(NamedTuple):
 
 def kernel_of(plan: LaunchPlan, lengths: bool = False, save: str = "all") -> Kernel:
     """The kernel of a launch, equal for all launches that share it."""
-    blank = {"batch": plan.rows, "groups_per_launch": 1, "shared_bytes": 0, "microseconds": 0.0}
-    plan = replace(plan, device="", why="", **blank)  # type: ignore[arg-type]
+    plan = replace(
+        plan,
+        device="",
+        batch=plan.rows,
+        groups_per_launch=1,
+        shared_bytes=0,
+        microseconds=0.0,
+        why="",
+    )
     return Kernel(plan, lengths, "all" if plan.backward else save)
 
 

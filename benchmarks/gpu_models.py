@@ -303,7 +303,8 @@ def train(size: Size, precision: str, backend: str, path: Path) -> tuple[Any, Re
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(data.train, batch_size=None, collate_fn=_as_it_is))  # type: ignore[arg-type]
+    batches: Any = data.train  # a list is as good as a Dataset
+    trainer.fit(model, DataLoader(batches, batch_size=None, collate_fn=_as_it_is))
     return model, record
 
 

@@ -178,6 +178,10 @@ def _finish(axis: Any, title: str, ylabel: str) -> None:
     axis.set_title(title, fontsize="medium")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize="xx-small")
     axis.set_xlabel("hidden size H")
     axis.set_ylabel(ylabel)
     if axis.get_legend_handles_labels()[1]:
