@@ -24,10 +24,18 @@ WIDEST, ROWS_A_STEP = 128, 4
 oneDNN plans anew for each number of rows and keeps the plans: with words, that costs memory too.
 """
 
+WIDEST_FORWARD = 64
+"""The most hidden units with which torch's packed LSTM is no faster where no gradient follows."""
 
-def suits(x: Tensor, hidden: int) -> bool:
-    """Whether `stack` is faster than oneDNN's LSTM for x [T, B, I]."""
+
+def short(x: Tensor, hidden: int) -> bool:
+    """Whether x [T, B, I] are many short rows for a narrow LSTM, which oneDNN does not suit."""
     return hidden <= WIDEST and x.shape[1] >= ROWS_A_STEP * x.shape[0]
+
+
+def suits(hidden: int) -> bool:
+    """Whether `stack` is faster than packing for many short rows."""
+    return hidden <= WIDEST_FORWARD or torch.is_grad_enabled()
 
 
 class Columns(NamedTuple):

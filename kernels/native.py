@@ -68,21 +68,23 @@ def padded_stack(
         dropout: probability that an output of a layer but the last is zeroed, in training.
         training: whether dropout acts.
         batch_first: layout of x.
-        lengths: valid steps of each row, int64 [B], or None. The batch is packed, unless `_holds`:
-            on a GPU this waits for the lengths, which cuDNN wants on the host. Packing costs time
-            at every step, and oneDNN's faster LSTM takes no packed batch.
+        lengths: valid steps of each row, int64 [B], or None. The batch is packed, unless `_holds`
+            and another way is faster: on a GPU this waits for the lengths, which cuDNN wants on the
+            host. Packing costs time at every step, and oneDNN's faster LSTM takes no packed batch.
 
     Returns:
         Output in the layout of x, and the final states shaped as the initial ones.
     """
     if lengths is not None and _holds(cell, x, weights, state):
-        rows = x.transpose(0, 1) if batch_first else x
-        end = layers, dropout, training
-        if narrow.suits(rows, state[0].shape[-1]):
-            y, last = narrow.stack(rows, weights, lengths, directions, *end)
-        else:
-            y, last = _grouped_stack(rows, weights, state, lengths, *end)
-        return y.transpose(0, 1) if batch_first else y, last
+        rows, hidden = x.transpose(0, 1) if batch_first else x, state[0].shape[-1]
+        end, result = (layers, dropout, training), None
+        if not narrow.short(rows, hidden):
+            result = _grouped_stack(rows, weights, state, lengths, *end)
+        elif narrow.suits(hidden):
+            result = narrow.stack(rows, weights, lengths, directions, *end)
+        if result is not None:
+            y, last = result
+            return y.transpose(0, 1) if batch_first else y, last
     if lengths is not None and len(lengths):  # an empty batch cannot be packed
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
         packed, final = packed_stack(

@@ -44,7 +44,8 @@ def run(layer, x, lengths, state=None):
 def packed(layer, x, lengths):
     batch = pack_padded_sequence(x, lengths, layer.batch_first, enforce_sorted=False)
     y, state = layer(batch)
-    return pad_packed_sequence(y, layer.batch_first, total_length=T)[0], *state
+    steps = x.shape[1 if layer.batch_first else 0]
+    return pad_packed_sequence(y, layer.batch_first, total_length=steps)[0], *state
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def each_way(request, monkeypatch):
     if request.param == "in-groups":
         monkeypatch.setattr(native, "STEP", 0)
         monkeypatch.setattr(native, "CALL", 0)
-    monkeypatch.setattr(narrow, "suits", lambda *_: request.param == "as-columns")
+    monkeypatch.setattr(narrow, "short", lambda *_: request.param == "as-columns")
+    monkeypatch.setattr(narrow, "suits", lambda *_: True)
 
 
 @pytest.mark.usefixtures("unpacked", "each_way")
@@ -142,20 +144,41 @@ def test_groups_cost_no_more_than_one(lengths, call):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "steps", "rows", "called"),
-    [(128, 3, 12, True), (129, 3, 12, False), (128, 3, 11, False)],
-    ids=["narrow-and-short", "wide", "long"],
+    ("hidden", "steps", "rows", "gradient", "way"),
+    [
+        pytest.param(128, 3, 12, True, "columns", id="narrow-and-short"),
+        pytest.param(129, 3, 12, True, "groups", id="wide"),
+        pytest.param(128, 3, 11, True, "groups", id="long"),
+        pytest.param(64, 3, 12, False, "columns", id="narrow-without-gradient"),
+        pytest.param(65, 3, 12, False, "packed", id="less-narrow-without-gradient"),
+        pytest.param(129, 3, 12, False, "groups", id="wide-without-gradient"),
+    ],
 )
-def test_many_short_rows_run_as_columns(monkeypatch, hidden, steps, rows, called):
-    calls, stack = [], narrow.stack
-    monkeypatch.setattr(narrow, "stack", lambda *args: calls.append(1) or stack(*args))
+def test_many_short_rows_run_as_columns(monkeypatch, hidden, steps, rows, gradient, way):
+    calls = []
+    ways = {
+        (narrow, "stack"): "columns",
+        (native, "_grouped_stack"): "groups",
+        (native, "packed_stack"): "packed",
+    }
+    for (module, name), said in ways.items():
+        function = getattr(module, name)
+
+        def counted(*args, function=function, said=said, **options):
+            calls.append(said)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
     layer = nn.LSTM(2, hidden)
     zero = [torch.zeros(1, rows, hidden) for _ in range(2)]
     lengths = torch.full((rows,), steps)
     lengths[0] = 1
-    y, *_ = run(layer, torch.randn(steps, rows, 2), lengths, zero)
-    assert bool(calls) == called
-    assert y.shape == (steps, rows, hidden)
+    x = torch.randn(steps, rows, 2)
+    with torch.set_grad_enabled(gradient):
+        results = run(layer, x, lengths, zero)
+    assert calls == [way]
+    for ours, theirs in zip(results, packed(layer, x, lengths), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
 def test_the_gradient_of_columns_is_not_differentiable():
