@@ -1,8 +1,9 @@
-"""Training and decoding of encoder-decoders against yoyodyne and JoeyNMT, where they are installed.
+"""Training and decoding against yoyodyne, JoeyNMT and OpenNMT-py, where they are installed.
 
-Each peer meets the model of ours that feeds back what the peer feeds back. Sizes, symbols, batches,
-loss, optimizer, gradient clipping and number of results are the same. No model may end a word
-before it has the mean number of phonemes, nor go on after it, so that all decode as many steps.
+Each peer meets the model of ours with its attention that feeds back what the peer feeds back.
+Sizes, symbols, batches, loss, optimizer, gradient clipping and number of results are the same. No
+model may end a word before it has the mean number of phonemes, nor go on after it, so that all
+decode as many steps.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ class Candidate:
 
 
 class Ours(Candidate):
-    """`Seq2SeqModel` with additive attention."""
+    """`Seq2SeqModel`."""
 
-    def __init__(self, **feedback: Any) -> None:
+    def __init__(self, attention: str = "additive", **feedback: Any) -> None:
         from lightning_modules.seq2seq_model import Seq2SeqModel
 
         codec = corpus()[0]
@@ -105,7 +106,7 @@ class Ours(Candidate):
                 EMBEDDING,
                 (ENCODER,),
                 (DECODER,),
-                attention="additive",
+                attention=attention,
                 dropout=DROPOUT,
                 **feedback,
             )
@@ -181,7 +182,7 @@ class Yoyodyne(Candidate):
 
 
 class _Vocabulary:
-    """What JoeyNMT asks of a vocabulary when it builds a model."""
+    """What JoeyNMT, and OpenNMT-py's search, ask of a vocabulary."""
 
     pad_index, unk_index, bos_index, eos_index, sep_index = PAD, 1, BEGIN, END, None
     specials: Sequence[str] = ()
@@ -192,6 +193,10 @@ class _Vocabulary:
 
     def __len__(self) -> int:
         return self.size
+
+    def lookup_token(self, token: str) -> int:
+        """The number of a special symbol under OpenNMT-py's name for it."""
+        return {"<blank>": PAD, "<s>": BEGIN, "</s>": END}.get(token, 1)
 
 
 class Joey(Candidate):
@@ -253,9 +258,66 @@ class Joey(Candidate):
         return torch.as_tensor(found)[::beam]
 
 
-PAIRS: dict[str, tuple[Callable[[], Candidate], Callable[[], Candidate]]] = {
-    "yoyodyne": (Yoyodyne, partial(Ours, feedback="context")),
-    "JoeyNMT": (Joey, partial(Ours, input_feeding=True)),
+class OpenNMT(Candidate):
+    """OpenNMT-py's LSTM with what it has by default, general attention and input feeding."""
+
+    def __init__(self) -> None:
+        from onmt.decoders.decoder import InputFeedRNNDecoder
+        from onmt.encoders.rnn_encoder import RNNEncoder
+        from onmt.models import NMTModel
+        from onmt.modules import Embeddings
+
+        sizes = [len(vocabulary) for vocabulary in (corpus()[0].source, corpus()[0].target)]
+        source, target = (Embeddings(EMBEDDING, size, PAD, dropout=DROPOUT) for size in sizes)
+        encoder = RNNEncoder("LSTM", True, 1, 2 * ENCODER, embeddings=source)
+        decoder = InputFeedRNNDecoder(
+            "LSTM", True, 1, DECODER, "general", dropout=DROPOUT, embeddings=target
+        )
+        model = NMTModel(encoder, decoder)
+        model.generator = nn.Linear(DECODER, sizes[1])
+        for parameter in model.parameters():  # their embeddings are built without values
+            nn.init.uniform_(parameter, -0.1, 0.1)
+        super().__init__(model)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See `Candidate`."""
+        features, _ = self.model(batch.source[..., None], batch.target[..., None], batch.lengths)
+        logits = self.model.generator(features).flatten(0, 1)
+        return cross_entropy(logits, batch.target[:, 1:].flatten(), ignore_index=PAD)
+
+    def decode(self, batch: Batch, beam: int) -> Tensor:
+        """See `Candidate`."""
+        from onmt.translate import GNMTGlobalScorer, Translator
+
+        self.model.generator.bias[END] = NEVER
+        vocabulary = _Vocabulary(len(corpus()[0].target))
+        translator = Translator(
+            self.model,
+            {"tgt": vocabulary, "decoder_start_token": "<s>"},
+            n_best=beam,
+            beam_size=beam,
+            min_length=LENGTH,
+            max_length=LENGTH,
+            max_length_ratio=0,
+            global_scorer=GNMTGlobalScorer(0.0, 0.0, "none", "none"),
+        )
+        given = {"src": batch.source[..., None], "srclen": batch.lengths}
+        found = translator.translate_batch(given, attn_debug=False)["predictions"]
+        return torch.stack([results[0] for results in found])
+
+
+class Pair(NamedTuple):
+    """A peer and the model of ours that it meets, and the peer's package."""
+
+    package: str
+    theirs: Callable[[], Candidate]
+    ours: Callable[[], Candidate]
+
+
+PAIRS = {
+    "yoyodyne": Pair("yoyodyne", Yoyodyne, partial(Ours, feedback="context")),
+    "JoeyNMT": Pair("joeynmt", Joey, partial(Ours, input_feeding=True)),
+    "OpenNMT-py": Pair("onmt", OpenNMT, partial(Ours, "general", input_feeding=True)),
 }
 
 
@@ -263,8 +325,8 @@ PAIRS: dict[str, tuple[Callable[[], Candidate], Callable[[], Candidate]]] = {
 def built(peer: str) -> dict[str, Candidate]:
     """The peer, if it is installed, and our model, by name."""
     torch.manual_seed(0)
-    theirs, ours = PAIRS[peer]
-    installed = importlib.util.find_spec(peer.lower()) is not None
+    package, theirs, ours = PAIRS[peer]
+    installed = importlib.util.find_spec(package) is not None
     return ({peer: theirs()} if installed else {}) | {"fusedrnn": ours()}
 
 

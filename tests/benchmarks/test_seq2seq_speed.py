@@ -6,10 +6,10 @@ import torch
 from benchmarks import seq2seq_speed as bench
 
 
-@pytest.mark.parametrize("feedback", [{"feedback": "context"}, {"input_feeding": True}])
-def test_ours_trains_and_decodes_as_many_symbols_as_the_peers(feedback):
+@pytest.mark.parametrize("peer", bench.PAIRS)
+def test_ours_trains_and_decodes_as_many_symbols_as_the_peers(peer):
     torch.manual_seed(0)
-    ours = bench.Ours(**feedback)
+    ours = bench.PAIRS[peer].ours()
     before = [p.clone() for p in ours.model.parameters()]
     ours.train(1)
     changed = [bool((p != b).any()) for p, b in zip(ours.model.parameters(), before, strict=True)]
@@ -54,5 +54,5 @@ def test_a_peer_that_is_not_installed_leaves_ours_alone(monkeypatch):
 
 def test_each_peer_is_compared_in_training_and_both_searches():
     keys = [key for key, _ in bench.seq2seq_speed()]
-    assert {key["peer"] for key in keys} == {"yoyodyne", "JoeyNMT"}
+    assert {key["peer"] for key in keys} == {"yoyodyne", "JoeyNMT", "OpenNMT-py"}
     assert [key["task"] for key in keys][:3] == ["train", "greedy", "beam 5"]
