@@ -14,6 +14,7 @@ from kernels import CELLS, recurrence
 from kernels.api import choose_backend, draw_seed, precision, without_autocast
 from kernels.checks import check_backend, check_lengths, check_probability
 from kernels.native import covers, packed_stack, padded_stack
+from kernels.untraced import untraced
 
 if TYPE_CHECKING:
     from kernels.persistent.plan import LaunchPlan
@@ -146,6 +147,22 @@ class RecurrentBase(nn.RNNBase):
         )
 
     def _forward(
+        self, x: Tensor | PackedSequence, state: Sequence[Tensor] | None, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run, in one piece even under `torch.compile` where its kernels are not compiled."""
+        data = x.data if isinstance(x, PackedSequence) else x
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiling and choose_backend(self.backend, data, self.proj_size > 0) == "torch":
+            return self._uncompiled(x, state, lengths)
+        return self._run(x, state, lengths)
+
+    @untraced
+    def _uncompiled(
+        self, x: Tensor | PackedSequence, state: Sequence[Tensor] | None, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        return self._run(x, state, lengths)
+
+    def _run(
         self, x: Tensor | PackedSequence, state: Sequence[Tensor] | None, lengths: Tensor | None
     ) -> tuple[Tensor | PackedSequence, State]:
         """Check, bring to the batched form, run, and bring back."""

@@ -16,13 +16,14 @@ R = TypeVar("R")
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` eagerly under `torch.compile`, as torch.nn's recurrent layers run.
 
-    `torch.compiler.disable` would import the compiler, and triton with it, at once.
+    `torch.compiler.disable` would import the compiler, and triton with it, at once. An export
+    traces `function`, because it must be one graph.
     """
     disabled: list[Callable[P, R]] = []
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in sys.modules or torch.compiler.is_exporting():
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(function))

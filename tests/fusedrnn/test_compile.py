@@ -44,10 +44,31 @@ def test_compiled_model_trains_as_the_eager_one(build, ragged):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("build", LAYERS[1:3])
+def test_no_part_of_a_layer_is_compiled_where_its_kernels_are_not(build):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(build(), backend=count)
+    for steps in (5, 4, 3):
+        compiled(X[:steps])
+    assert graphs == []
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
-@pytest.mark.parametrize("build", LAYERS)
-def test_export(build, ragged):
+@pytest.mark.parametrize(
+    ("build", "strict"),
+    [
+        *(pytest.param(*layer.values, False, id=layer.id) for layer in LAYERS),
+        pytest.param(*LAYERS[0].values, True, id="LSTM-strict"),
+    ],
+)
+def test_export(build, strict, ragged):
     model = Ragged(build(), ragged).eval()
-    exported = torch.export.export(model, (X, LENGTHS)).module()
+    exported = torch.export.export(model, (X, LENGTHS), strict=strict).module()
     for lengths in (LENGTHS, torch.tensor([5, 1, 4])):
         torch.testing.assert_close(exported(2 * X, lengths), model(2 * X, lengths))
