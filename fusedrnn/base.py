@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,14 @@ class RecurrentBase(nn.RNNBase):
         """Do nothing, except for `backend="torch"`: cuDNN wants the weights in one block."""
         if self.backend == "torch":
             super().flatten_parameters()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say to `torch.jit.script`, which asks for this, that it cannot compile the layer."""
+        kind = type(self).__name__
+        raise TypeError(
+            f"torch.jit.script cannot compile a fusedrnn.{kind}: use torch.export or "
+            f"torch.jit.trace, or load its state_dict into a torch.nn.{kind}, if that has the cell"
+        )
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""

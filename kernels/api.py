@@ -75,14 +75,19 @@ def choose_backend(backend: str, x: Tensor, projected: bool = False) -> str:
     return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
+def _wants_plain_operations() -> bool:
+    """Whether an export, a trace or a transform of `torch.func` looks into what is computed."""
+    transformed = torch._C._are_functorch_transforms_active()  # torch's own test, not public
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed
+
+
 def _implementation(
     backend: str, native_cell: bool, recompute: bool
 ) -> Callable[..., tuple[Tensor, State]]:
     if backend == "torch" and native_cell:
         return native.recurrence
     if backend == "torch":
-        exporting = torch.compiler.is_exporting()
-        return reference.recurrence if exporting else torch_loop.recurrence
+        return reference.recurrence if _wants_plain_operations() else torch_loop.recurrence
     if backend == "reference":
         return reference.recurrence
     if importlib.util.find_spec("triton") is None:
@@ -131,7 +136,8 @@ def recurrence(
         training: whether masks are drawn.
         seed: seed of the masks.
         backend: "auto", "triton", "torch" (torch's own kernels where it has the cell, `torch_loop`
-            otherwise, and in `torch.export` the plain operations of the reference) or "reference".
+            otherwise, and in `torch.export`, `torch.jit.trace` and the transforms of `torch.func`
+            the plain operations of the reference) or "reference".
         recompute: as in `lstm`.
 
     Returns:

@@ -105,9 +105,11 @@ def padded_stack(
 
 
 def _holds(cell: str, x: Tensor, weights: Sequence[Tensor], state: Sequence[Tensor]) -> bool:
-    """Whether `_held_stack` gives the right results."""
+    """Whether `_held_stack` gives the right results; a trace of it would fit one batch only."""
     projected = len(state) > 1 and state[0].shape[-1] != state[1].shape[-1]
     if cell != "lstm" or projected or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.jit.is_tracing():
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weights[0].dtype != x.dtype:
         return False
