@@ -31,8 +31,8 @@ __all__ = ["Seq2Seq", "SpeechToText"]
 SAMPLES_PER_BATCH, SAMPLES, ALIGNMENTS = 4, 20, 4
 """Rows kept of each evaluation batch, rows shown in the table, alignments drawn."""
 
-WIDEST, MOST_LABELS = 14.0, 80
-"""Of the drawing of an alignment: inches across, labels below."""
+WIDEST, TALLEST, MOST_LABELS = 14.0, 24.0, 80
+"""Of the drawing of an alignment: inches across and down, labels of an axis."""
 
 GREEDY = SearchOptions()
 LENGTH_PENALTY = 0.6
@@ -636,16 +636,18 @@ def alignment_figure(weights: Tensor, source: Sequence[str], target: Sequence[st
         target: the T symbols of the vertical axis, from the top.
 
     Returns:
-        A heat map, 0 white and 1 dark. A long source has a label for some of its symbols only.
+        A heat map, 0 white and 1 dark, with labels for some of the symbols only where they are
+        many.
     """
-    size = 1.5 + min(0.35 * len(source), WIDEST), 1.2 + 0.3 * len(target)
+    width, height = min(0.35 * len(source), WIDEST), min(0.3 * len(target), TALLEST)
+    size = 1.5 + width, 1.2 + height
     figure = Figure(figsize=size)
     axes = figure.add_subplot()
     axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     rotation = 0 if max(map(len, source)) == 1 else 60
-    places = spread(range(len(source)), MOST_LABELS)
-    axes.set_xticks(places, [source[place] for place in places], rotation=rotation)
-    axes.set_yticks(range(len(target)), target)
+    columns, rows = (spread(range(len(side)), MOST_LABELS) for side in (source, target))
+    axes.set_xticks(columns, [source[place] for place in columns], rotation=rotation)
+    axes.set_yticks(rows, [target[place] for place in rows])
     axes.set(xlabel="source", ylabel="output")
     axes.set_title("attention, from 0 (white) to 1", fontsize="small")
     return figure

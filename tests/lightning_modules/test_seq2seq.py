@@ -176,6 +176,12 @@ def test_alignment_figure_names_the_symbols():
     assert [label.get_text() for label in axes.get_xticklabels()] == list(
         map(str, range(0, 200, 3))
     )
+    figure = alignment_figure(torch.rand(3000, 2), ["c", "h"], list(map(str, range(3000))))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(
+        map(str, range(0, 3000, 38))
+    )
+    assert 150 * figure.get_size_inches().max() < 2**16  # more dots cannot be stored
 
 
 def test_checkpoint_needs_nothing_else(fitted):
