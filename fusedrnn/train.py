@@ -30,6 +30,7 @@ from lightning_modules import CheckpointError, Task
 from lightning_modules.averaging import average_checkpoints
 from lightning_modules.base import read_checkpoint
 from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.data.readers import numbered
 from lightning_modules.formats import BadLine
 from lightning_modules.loggers import RunLogger
 from lightning_modules.model_card import ModelCard
@@ -386,23 +387,16 @@ def _task_class(path: str) -> Any:
 def _reading(source: str) -> Iterator[TextIO]:
     if source == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="")
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield sys.stdin
     else:
-        with open(source, encoding="utf-8-sig", newline="") as file:
+        with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield file
 
 
 def _lines(text: TextIO, source: str, ends: bool) -> Iterator[str]:
-    number = 0
-    try:
-        for line in text:
-            yield line if ends else line.rstrip("\r\n")
-            number += 1
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{_name(source)}: after line {number}: not UTF-8 text: {error}"
-        ) from error
+    for _, line in numbered(text, _name(source)):
+        yield line if ends else line.rstrip("\r\n")
 
 
 def _name(source: str) -> str:

@@ -1,7 +1,7 @@
 """Readers of tagged text: CoNLL-U and CoNLL column files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,8 @@ def read_columns(
     Raises:
         FileNotFoundError: no such file.
         ValueError: a line with another number of columns than the first, an empty token, or a tag
-            outside the scheme, with file and line number; no such column; no sentence.
+            outside the scheme, with file and line number; no such column, or one for both; no
+            sentence.
     """
     if delimiter not in (None, "\t", " "):
         raise ValueError(f"delimiter: expected a tab, a space or None, got {delimiter!r}")
@@ -124,6 +125,11 @@ def read_columns(
             raise ValueError(
                 f"{path}:{first[0]}: no column {name} = {place}; the line has {width} columns"
             )
+    if token_column % width == tag_column % width:
+        raise ValueError(
+            f"{path}:{first[0]}: expected a token and a tag in different columns, got both from "
+            f"column {token_column % width} of {width}"
+        )
     numbered = token_column % width != 0
     sentences, current = [], Sentence([], [])
     for number, line in lines:
@@ -182,13 +188,31 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield line numbers and lines, whatever the line ends, without a byte-order mark."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    number = 0
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield number, line.removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: after line {number}: not UTF-8 text: {error}") from None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in numbered(file, path):
+            yield number, line.removesuffix("\n")
+
+
+def numbered(lines: Iterable[str], place: str | Path) -> Iterator[tuple[int, str]]:
+    """Number lines from 1, and find the one that is not UTF-8, which a decoder does not say.
+
+    Args:
+        lines: decoded with `errors="surrogateescape"`.
+        place: where they come from, for the message.
+
+    Raises:
+        ValueError: a line is not UTF-8 text.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                byte = ord(line[error.start]) - 0xDC00
+                raise ValueError(
+                    f"{place}:{number}: expected UTF-8 text, got the byte 0x{byte:02X}"
+                ) from None
+        yield number, line
 
 
 def cells_of(line: str, tabs: bool) -> list[str]:

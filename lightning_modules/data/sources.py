@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_modules.data.readers import numbered
+
 if TYPE_CHECKING:
     import datasets
 
@@ -77,6 +79,8 @@ def load_rows(
     elif suffix in _TABLES:
         rows = _load_table(path, _TABLES[suffix], column_names)
     elif path.is_file():
+        if not path.stat().st_size:
+            raise ValueError(f"{source}: expected at least one row, got an empty file")
         rows = _load(source, _BUILDERS.get(suffix), data_files=str(path), split="train")
     else:
         rows = _load(source, str(source), name=config, split=split)
@@ -139,16 +143,16 @@ def _load_table(path: Path, delimiter: str, names: Sequence[str] | None) -> data
     """Read a table of text cells, every line as wide as the first."""
     import datasets
 
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(
-            file,
+            (line for _, line in numbered(file, path)),
             delimiter=delimiter,
             quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
             strict=True,
         )
         try:
             rows = [(reader.line_num, row) for row in reader if row]
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num + 1}: {error}") from error
     if names is None:
         if not rows:

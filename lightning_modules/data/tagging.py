@@ -43,6 +43,7 @@ REMEMBERED = 1 << 16
 """About how many words are kept whose spelling need not be looked up again."""
 
 _TABLES = (".json", ".jsonl", ".parquet")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 class TaggingBatch(NamedTuple):
@@ -646,6 +647,8 @@ class TaggingData(DataModule):
             split = "train" if self.dataset is None else place
             columns = _named(self.token_column, "tokens"), _named(tag, "tags")
             return read_table(source, split, self.config, columns, scheme)
+        if suffix in _COMPRESSED:
+            raise ValueError(f"{place}: expected plain text, got a compressed file: unpack it")
         if suffix == ".conllu":
             if self.token_column not in (None, "form"):
                 raise ValueError(f"token_column: CoNLL-U has form, got {self.token_column!r}")

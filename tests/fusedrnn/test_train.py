@@ -334,7 +334,7 @@ def test_bad_commands(here, capsys, args, message):
     ("more", "message"),
     [
         (["--input", "absent.txt"], "absent.txt"),
-        (["--input", "latin.txt"], "latin.txt: after line 0: not UTF-8 text"),
+        (["--input", "latin.txt"], "latin.txt:2: expected UTF-8 text, got the byte 0xE9"),
         (["--input", "text.txt", "--output", "no/such/folder.txt"], "--output: no folder no/such"),
         (["--input", "text.txt", "--device", "toaster"], "--device: cannot use 'toaster'"),
         (["--loud", "true"], "unrecognized arguments: --loud"),
@@ -342,7 +342,7 @@ def test_bad_commands(here, capsys, args, message):
     ],
 )
 def test_bad_predict_arguments(fitted, capsys, more, message):
-    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    Path("latin.txt").write_bytes("cafés\n".encode() + b"caf\xe9\n")
     Path("text.txt").write_text("w1\n")
     said = fails(capsys, "predict", "--ckpt_path", LAST, *more)
     assert message in said.splitlines()[-1]

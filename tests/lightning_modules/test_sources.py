@@ -101,6 +101,7 @@ def test_wrong_column_names_the_columns(file):
         ("t.tsv", "a\tb\n", r"t\.tsv: expected at least one row in split 'train', got none"),
         ("t.csv", 'a,b\n"1,2\n', r"t\.csv:3: "),
         ("t.jsonl", '{"a": 1}\n{"a": \n', r"t\.jsonl: "),
+        ("t.jsonl", "", r"t\.jsonl: expected at least one row, got an empty file"),
         ("t.txt", "a b\n", r"t\.txt: expected a file that ends in one of \.tsv, "),
     ],
 )
@@ -108,6 +109,13 @@ def test_bad_files_name_the_place(file, name, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(file(name, text))
     assert "\n" not in str(caught.value)
+
+
+def test_the_line_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_bytes(b"a\tb\n" * 9999 + b"caf\xe9\tb\n")
+    with pytest.raises(ValueError, match=r"t\.tsv:10000: expected UTF-8 text, got the byte 0xE9"):
+        load_rows(path)
 
 
 def test_absent_sources(tmp_path):

@@ -145,7 +145,8 @@ def test_only_spaces_and_tabs_separate(write) -> None:
         ("a\tO\n", {"delimiter": ","}, r"delimiter: expected a tab, a space or None, got ','"),
         ("", {}, r"file.conll: expected at least one sentence, got none"),
         ("\n \n# c\n", {}, r"file.conll: expected at least one sentence, got none"),
-        (b"a\tO\n\xff\tO\n", {}, r"file.conll: after line \d: not UTF-8"),
+        (b"a\tO\rb\tO\r\nc\xe9\tO\n", {}, r"file.conll:3: expected UTF-8 text, .* byte 0xE9"),
+        ("a\tO\n", {"token_column": 1}, r":1: .* different columns, got both from column 1 of 2"),
     ],
 )
 def test_bad_columns(write, text: str | bytes, options: dict, expected: str) -> None:

@@ -414,6 +414,13 @@ def test_bad_sources(files: dict[str, str], suffix: str, options: dict, expected
         data.sentences("train")
 
 
+def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.conllu.gz").write_bytes(b"")
+    data = TaggingData(train=str(tmp_path / "a.conllu.gz"), tag_column="upos")
+    with pytest.raises(ValueError, match=r"a\.conllu\.gz: expected plain text, got a compressed"):
+        data.sentences("train")
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
