@@ -203,6 +203,26 @@ def test_gradients_vanish_in_a_contracting_rnn_and_not_in_an_open_lstm():
     assert long.carry[0, -1] > 0.5
 
 
+@pytest.mark.parametrize("radius", [0.5, 1.0, 2.0], ids=["vanish", "stay", "explode"])
+def test_gradients_of_a_linear_rnn_are_powers_of_its_matrix(radius):
+    """dh_t/dh_0 is the product of the recurrent matrices; relu is linear where all is positive."""
+    steps = 60
+    rnn = fusedrnn.RNN(I, H, nonlinearity="relu", bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        rnn.weight_ih_l0.abs_()
+        rnn.weight_hh_l0.uniform_()
+        rnn.weight_hh_l0.mul_(radius / torch.linalg.eigvals(rnn.weight_hh_l0).abs().max())
+    record = run_recorded(rnn, draw_input(steps).abs(), lambda y: y[-1].sum())
+    row = torch.ones(H, dtype=torch.float64)
+    for gradient in record.gradient(0)[0].flip(0):
+        torch.testing.assert_close(gradient, row.expand(B, H), rtol=1e-9, atol=0)
+        row = row @ rnn.weight_hh_l0.detach()
+    found = record.flow()
+    assert found.spectral_radius["h"].item() == pytest.approx(radius)
+    grown = found.hidden[0, 0] / found.hidden[0, 10]
+    assert grown.item() == pytest.approx(radius**10, rel=1e-6)
+
+
 def test_saturation():
     layer = fusedrnn.GRU(I, H)
     with torch.no_grad():
