@@ -93,8 +93,8 @@ def recurrence_op(
     launch = plan(cell, w_hh.shape[-1], batch, len(w_hh), x_gates, False)
     masks = Options(cell, seed, recurrent_dropout, zoneout, training).masks
     y, final, saved = forward(
-        launch, x_gates.contiguous(), w_hh.contiguous(), b_hh, params,
-        [s.contiguous() for s in state], lengths, masks, save,
+        launch, x_gates.contiguous(), w_hh.contiguous(), _dense(b_hh), _dense(params),
+        [s.contiguous() for s in state], _dense(lengths), masks, save,
     )  # fmt: skip
     c_n = final[1] if len(final) == 2 else x_gates.new_empty(0)
     kept = [
@@ -120,6 +120,11 @@ def _(
     save: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(x_gates, w_hh, state, cell, save)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, as the kernels read what they are given."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _outputs(
@@ -164,10 +169,11 @@ def backward_op(
         copies = [d.to(torch.float32, copy=True) for d in d_state]
         return recurrent, separate, copies[0], copies[1] if len(copies) == 2 else dc
     launch = plan(cell, w_hh.shape[-1], dy.shape[1], len(w_hh), dy, True)
-    blocks, cell_state, statistics = (s if s.numel() else None for s in saved)
+    blocks, cell_state, statistics = (s.contiguous() if s.numel() else None for s in saved)
     recurrent, inputs, d_initial = backward(
-        launch, dy.contiguous(), [d.contiguous() for d in d_state], w_hh.contiguous(), params,
-        [s.contiguous() for s in state], y, Saved(blocks, cell_state, statistics), lengths,
+        launch, dy.contiguous(), [d.contiguous() for d in d_state], w_hh.contiguous(),
+        _dense(params), [s.contiguous() for s in state], y.contiguous(),
+        Saved(blocks, cell_state, statistics), _dense(lengths),
         Options(cell, seed, recurrent_dropout, zoneout, training).masks,
     )  # fmt: skip
     separate = inputs if BLOCKS[cell].separate else separate
@@ -203,8 +209,8 @@ def _gradients(
     return (
         dy.new_empty(steps, batch, directions, rows),
         dy.new_empty(steps, batch, directions, separate) if separate else dy.new_empty(0),
-        torch.empty_like(state[0], dtype=torch.float32),
-        torch.empty_like(state[1], dtype=torch.float32) if len(state) == 2 else dy.new_empty(0),
+        dy.new_empty(state[0].shape, dtype=torch.float32),
+        dy.new_empty(state[1].shape if len(state) == 2 else 0, dtype=torch.float32),
     )
 
 

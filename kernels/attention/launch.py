@@ -344,8 +344,9 @@ class Incoming(Flat):
 
 
 def dispatch(kernel: Any, grid: tuple[int], **arguments: object) -> None:
-    """Launch once."""
-    kernel[grid](**arguments, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS)
+    """Launch once, on the device of the tensors: Triton alone would take the current one."""
+    with torch.cuda.device_of(arguments["combine"]):
+        kernel[grid](**arguments, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS)
 
 
 def run_forward(x: Inputs, kind: Kind, start: Start, words: Words | None = None) -> Buffers:

@@ -252,7 +252,7 @@ def decode(
         covers,
         weights.combine.contiguous(),
         None if drops is None else drops.contiguous(),
-        lengths,
+        None if lengths is None else lengths.contiguous(),
         [F.linear(given, lowest, bias), *(b.expand(*x.shape[:2], -1) for _, b in packed[1:])],
         [first.contiguous(), *(matrix for matrix, _ in packed[1:])],
         [mask.contiguous() for mask in masks.between],

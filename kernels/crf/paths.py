@@ -106,8 +106,9 @@ def decode(
     origins = emissions.new_empty(batch * steps * size * count, dtype=torch.int16)
     paths = lengths.new_full((batch, n, steps), -1)
     values = emissions.new_empty(batch, n, dtype=torch.float32)
-    crf_decode[(batch,)](
-        emissions, start, transitions, end, lengths, origins, paths, values,
-        steps, n, count, num_tags, size, **launch_options(size),
-    )  # fmt: skip
+    with torch.cuda.device_of(emissions):
+        crf_decode[(batch,)](
+            emissions, start, transitions, end, lengths, origins, paths, values,
+            steps, n, count, num_tags, size, **launch_options(size),
+        )  # fmt: skip
     return paths, values

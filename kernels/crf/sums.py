@@ -167,10 +167,11 @@ def forward(
     shape = emissions.shape if save else (0,)
     states = emissions.new_empty(shape, dtype=torch.float32)
     size = padded(num_tags)
-    crf_forward[(batch,)](
-        emissions, start, transitions, end, lengths, tags, value, states if save else None,
-        steps, num_tags, size, **launch_options(size),
-    )  # fmt: skip
+    with torch.cuda.device_of(emissions):
+        crf_forward[(batch,)](
+            emissions, start, transitions, end, lengths, tags, value, states if save else None,
+            steps, num_tags, size, **launch_options(size),
+        )  # fmt: skip
     return value, states
 
 
@@ -205,10 +206,11 @@ def backward(
     d_scores = None
     if grad is not None:
         d_scores = emissions.new_empty(programs, size + 2, size, dtype=torch.float32)
-    crf_backward[(programs,)](
-        grad, states, emissions, transitions, end, lengths, tags, d_emissions, d_scores,
-        steps, batch, num_tags, size, **launch_options(size),
-    )  # fmt: skip
+    with torch.cuda.device_of(emissions):
+        crf_backward[(programs,)](
+            grad, states, emissions, transitions, end, lengths, tags, d_emissions, d_scores,
+            steps, batch, num_tags, size, **launch_options(size),
+        )  # fmt: skip
     if d_scores is None:
         return d_emissions, d_emissions.new_empty(0)
     return d_emissions, d_scores.sum(0)[: num_tags + 2, :num_tags].contiguous()

@@ -86,13 +86,17 @@ def workspace(plan: LaunchPlan, products: int, exchanges: int, like: Tensor) -> 
 
 
 def dispatch(kernel: Kernel, grid: tuple[int, int], plan: LaunchPlan, **arguments: object) -> None:
-    """Launch once; where programs meet cooperatively, so that too many are an error, not a hang."""
-    kernel[grid](
-        **arguments,
-        num_warps=plan.warps,
-        num_stages=1,
-        launch_cooperative_grid=plan.slices > 1,
-    )
+    """Launch once, on the device of the tensors: Triton alone would take the current one.
+
+    Where programs meet it is a cooperative launch, so that too many are an error, not a hang.
+    """
+    with torch.cuda.device_of(arguments["w"]):
+        kernel[grid](
+            **arguments,
+            num_warps=plan.warps,
+            num_stages=1,
+            launch_cooperative_grid=plan.slices > 1,
+        )
 
 
 def run(

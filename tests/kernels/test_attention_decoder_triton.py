@@ -202,6 +202,15 @@ def test_neither_padding_nor_unwritten_memory_is_looked_at(
     assert not actual["dkeys"].masked_select(padding).any()
 
 
+def test_lengths_need_not_lie_densely():
+    case = random_case(lengths=LENGTHS).to(torch.float32, DEVICE)
+    spread = torch.stack([case.lengths, torch.full_like(case.lengths, 4)], 1)[:, 0]
+    expected = outputs_and_gradients(ops.decode, case)
+    actual = outputs_and_gradients(ops.decode, case._replace(lengths=spread))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 def arguments_of(case):
     """What the forward operator is called with for a case."""
     found = []

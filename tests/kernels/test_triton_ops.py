@@ -1,5 +1,6 @@
 """The operators as torch sees them: schemas, fakes, compilation, errors."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,12 +9,17 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
 
 import kernels
+import kernels.attention.ops
+import kernels.crf
 from fusedrnn import GRU, LSTM, RNN, RecurrentStack
 from kernels import ops
 from kernels.persistent import plan as planning
+from tests.kernels import attention_cases
 from tests.kernels.cases import outputs, outputs_and_gradients, random_layer
+from tests.kernels.crf import crf_cases
 from tests.kernels.triton_cases import DEVICE
 
 pytestmark = pytest.mark.skipif(
@@ -183,6 +189,66 @@ def test_views_and_expanded_cotangents():
         torch.testing.assert_close(value, expected[name])
     y = outputs(ops.recurrence, layer)["y"]
     y.sum().backward()
+
+
+def spread_out(tensor):
+    """The same values, each with another behind it."""
+    return torch.stack([tensor, torch.full_like(tensor, 9)], -1)[..., 0]
+
+
+def test_lengths_biases_and_parameters_need_not_lie_densely():
+    layer, lengths = small("lstm_peephole"), torch.tensor([2, 1, 2])
+    arguments = [*forward_arguments("lstm_peephole")]
+    expected = ops.recurrence_op(*arguments)
+    for index in (2, 3, 5):
+        arguments[index] = spread_out(arguments[index])
+    for actual, value in zip(ops.recurrence_op(*arguments), expected, strict=True):
+        assert torch.equal(actual, value)
+    expected = outputs_and_gradients(ops.recurrence, layer, lengths=lengths)
+    actual = outputs_and_gradients(ops.recurrence, layer, lengths=spread_out(lengths))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_fake_gradients_of_states_lie_as_the_real_ones(cell):
+    arguments = [*forward_arguments(cell)]
+    arguments[4] = [state.transpose(0, 1).contiguous().transpose(0, 1) for state in arguments[4]]
+    _, w_hh, _, packed, state, lengths = arguments[:6]
+    y, h_n, c_n, *saved = ops.recurrence_op(*arguments)
+    final = [h_n, c_n][: len(state)]
+    torch.library.opcheck(
+        ops.backward_op, (y, final, w_hh, packed, state, y, saved, lengths, cell, *MASKS)
+    )
+
+
+def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be the tensors'."""
+    guards, launches = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guards.append(tensor.device)
+        yield
+        guards.pop()
+
+    real = interpreter.GridExecutor.__call__
+
+    def launch(self, *arguments, **options):
+        launches.append([*guards])
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    outputs_and_gradients(ops.recurrence, small("lstm"))
+    attention_cases.outputs_and_gradients(
+        kernels.attention.ops.decode, attention_cases.random_case(dtype=torch.float32)
+    )
+    problem = crf_cases.random_problem()
+    crf_cases.results(problem, "triton")
+    kernels.crf.n_best(*problem[:5], n=1, backend="triton")
+    # The CRF's sums: of three values forward, of two and the marginals backward; then the paths.
+    assert launches == [[torch.device("cpu")]] * (2 + 2 + 6 + 1)
 
 
 def test_gradient_of_a_gradient_names_the_reference():
