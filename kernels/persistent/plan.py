@@ -56,6 +56,7 @@ SHARED = 2.2e5  # bytes per µs one multiprocessor reads from its shared memory
 POINTWISE = 0.25  # µs of gate arithmetic, stores and loop overhead
 IEEE = 1.0e5  # float32 multiply-adds per µs of one multiprocessor without tensor cores
 
+GRID = 65_535  # groups of one launch: the most that the second dimension of CUDA's grid takes
 TRIES = 1_000_000  # polls of a bounded wait: some tenths of a second
 MARGIN = 4096  # bytes of shared memory that the compiler uses for reductions and atomics
 
@@ -418,7 +419,7 @@ def fitting(
         if slices == 1 and not shape.resident:
             continue
         groups = directions * -(-batch // shape.rows)
-        together = groups if slices == 1 else min(groups, device.multiprocessors // slices)
+        together = min(groups, GRID if slices == 1 else device.multiprocessors // slices)
         needed = _shared_bytes(cell, hidden_size, shape, dtype.itemsize, backward)
         if together == 0 or needed > device.shared_memory:
             continue

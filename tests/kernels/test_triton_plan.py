@@ -74,6 +74,13 @@ def test_groups_that_do_not_fit_together_take_turns():
     assert f"in {found.launches} launch(es)" in str(found)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_launch_has_no_more_groups_than_a_grid_takes(backward):
+    found = plan(size=64, batch=1_500_000, directions=2, backward=backward)
+    assert (found.slices, found.groups_per_launch) == (1, 65_535)
+    assert found.launches == -(-found.groups // 65_535) > 1
+
+
 def test_device_that_is_too_small_is_named():
     with pytest.raises(ValueError, match=r"hidden_size 4000 on toy: its 2 multiprocessors"):
         plan(size=4000, device=Device("toy", (8, 0), 2, 40_000))
