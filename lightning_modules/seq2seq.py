@@ -80,7 +80,7 @@ class Seq2Seq(Task):
         embedding_size: of the symbols of both sides.
         encoder_sizes: hidden size of each encoder layer, per direction.
         decoder_sizes: hidden size of each decoder layer.
-        cell: `lstm` or `gru`.
+        cell: `lstm` or `gru`, of both sides.
         bidirectional: whether the encoder reads in both directions.
         attention: `none`, `dot`, `general` or `additive`.
         input_feeding: whether the attention's result enters the decoder cell at the next step.
@@ -103,6 +103,7 @@ class Seq2Seq(Task):
             `input_feeding`; or `context`, before the step (Bahdanau et al., 2014).
         coverage: whether the attention sees how much it has looked at each source symbol before
             (See et al., 2017), so as to leave nothing out and repeat nothing.
+        decoder_cell: `lstm` or `gru`, of the decoder; by default `cell`.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate scheduler from the optimizer.
 
@@ -135,6 +136,7 @@ class Seq2Seq(Task):
         source_stride: int = 1,
         feedback: Literal["none", "features", "context"] = "none",
         coverage: bool = False,
+        decoder_cell: Literal["lstm", "gru"] | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -152,6 +154,7 @@ class Seq2Seq(Task):
             "source_stride": source_stride,
             "feedback": feedback,
             "coverage": coverage,
+            "decoder_cell": decoder_cell,
         }
         training: dict[str, Any] = {
             "label_smoothing": label_smoothing,

@@ -37,23 +37,33 @@ class Bridge(nn.Module):
         h_0^dec(l) = tanh(W_l [h_T^enc(1); ...; h_T^enc(L)] + b_l)
         c_0^dec(l) =      V_l [c_T^enc(1); ...; c_T^enc(L)] + d_l
 
-    tanh keeps h in the range an output gate gives it; the memory cell has no such bound.
+    tanh keeps h in the range an output gate gives it; the memory cell has no such bound. Where only
+    the encoder has memory cells, they stand beside the h_T in the first equation; where only the
+    decoder has, the h_T stand for them in the second.
 
     Args:
         encoder_sizes: state size of each encoder layer, directions concatenated.
         decoder_sizes: state size of each decoder layer.
-        has_cell: whether the states are (h, c).
+        has_cell: whether the decoder's states are (h, c).
+        given_cell: whether the encoder's are; None: as the decoder's.
     """
 
     def __init__(
-        self, encoder_sizes: Sequence[int], decoder_sizes: Sequence[int], has_cell: bool
+        self,
+        encoder_sizes: Sequence[int],
+        decoder_sizes: Sequence[int],
+        has_cell: bool,
+        given_cell: bool | None = None,
     ) -> None:
         super().__init__()
-        self.exact = list(encoder_sizes) == list(decoder_sizes)
+        given_cell = has_cell if given_cell is None else given_cell
+        self.exact = given_cell == has_cell and list(encoder_sizes) == list(decoder_sizes)
+        self.has_cell = has_cell
         if self.exact:
             return
         total = sum(encoder_sizes)
-        self.hidden = nn.ModuleList(nn.Linear(total, size) for size in decoder_sizes)
+        read = 2 * total if given_cell and not has_cell else total
+        self.hidden = nn.ModuleList(nn.Linear(read, size) for size in decoder_sizes)
         if has_cell:
             self.cell = nn.ModuleList(nn.Linear(total, size) for size in decoder_sizes)
 
@@ -68,10 +78,10 @@ class Bridge(nn.Module):
         """
         hidden = [_join(state[0] if isinstance(state, tuple) else state) for state in states]
         cell = [_join(state[1]) for state in states if isinstance(state, tuple)]
-        hidden = self._project(hidden, "hidden")
-        if not cell:
-            return [*hidden]
-        return [*zip(hidden, self._project(cell, "cell"), strict=True)]
+        if not self.has_cell:
+            return [*self._project(hidden + cell, "hidden")]
+        cell = self._project(cell or hidden, "cell")
+        return [*zip(self._project(hidden, "hidden"), cell, strict=True)]
 
     def _project(self, states: list[Tensor], kind: str) -> list[Tensor]:
         if self.exact:
@@ -184,7 +194,7 @@ class Seq2SeqModel(nn.Module):
         embedding_size: E, of both sides.
         encoder_sizes: hidden size of each encoder layer, per direction.
         decoder_sizes: hidden size of each decoder layer.
-        cell: "lstm" or "gru", or any other cell of `RecurrentStack`.
+        cell: "lstm" or "gru", or any other cell of `RecurrentStack`, of both sides.
         bidirectional: whether the encoder reads in both directions.
         attention: "none", "dot", "general" or "additive".
         input_feeding: whether the attentional features of a step enter the cell at the next one.
@@ -200,6 +210,7 @@ class Seq2SeqModel(nn.Module):
         source_stride: frames that become one step of the encoder.
         target_features: K, numbers predicted at each step.
         target_inputs: numbers that the decoder is fed at each step.
+        decoder_cell: of the decoder's layers; None: `cell`.
 
     Raises:
         ValueError: an argument is out of range, or two of them exclude each other.
@@ -226,6 +237,7 @@ class Seq2SeqModel(nn.Module):
         source_stride: int = 1,
         target_features: int = 0,
         target_inputs: int = 0,
+        decoder_cell: str | None = None,
     ) -> None:
         super().__init__()
         for side, size, features in (
@@ -268,12 +280,7 @@ class Seq2SeqModel(nn.Module):
                 f"got {embedding_size} and {query_size}"
             )
         self.dropout = Dropout(dropout)
-        options: dict[str, Any] = {
-            "cell": cell,
-            "dropout": dropout,
-            "batch_first": True,
-            "backend": backend,
-        }
+        decoder_cell = cell if decoder_cell is None else decoder_cell
 
         self.source_embedding = (
             FrameEmbedding(source_features, embedding_size, source_stride)
@@ -281,11 +288,18 @@ class Seq2SeqModel(nn.Module):
             else nn.Embedding(source_size, embedding_size, padding_idx=0)
         )
         self.encoder = RecurrentStack(
-            embedding_size, list(encoder_sizes), bidirectional=bidirectional, **options
+            embedding_size,
+            list(encoder_sizes),
+            cell=cell,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            batch_first=True,
+            backend=backend,
         )
         directions = 2 if bidirectional else 1
         joined = [directions * size for size in encoder_sizes]
-        self.bridge = Bridge(joined, decoder_sizes, has_cell=cell.startswith("lstm"))
+        has_cell, given_cell = (name.startswith("lstm") for name in (decoder_cell, cell))
+        self.bridge = Bridge(joined, decoder_sizes, has_cell, given_cell)
 
         self.target_embedding = (
             nn.Linear(target_inputs, embedding_size)
@@ -297,7 +311,7 @@ class Seq2SeqModel(nn.Module):
             decoder_sizes,
             joined[-1],
             features,
-            cell=cell,
+            cell=decoder_cell,
             attention=attention,
             feedback=feedback,
             coverage=coverage,

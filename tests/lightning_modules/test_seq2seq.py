@@ -471,8 +471,9 @@ def test_alignments_have_a_row_per_symbol(fitted):
         {"attention": "additive", "input_feeding": True, "decoder_sizes": [8, 8]},
         {"sampling_probability": 0.5, "sampling_steps": 4, "tied_embeddings": True},
         {"attention": "additive", "coverage": True, "feedback": "context"},
+        {"decoder_cell": "gru", "decoder_sizes": [8, 8], "feedback": "features"},
     ],
-    ids=["plain", "input-feeding", "sampling", "coverage"],
+    ids=["plain", "input-feeding", "sampling", "coverage", "lstm-to-gru"],
 )
 def test_every_variant_trains_and_translates(files, tmp_path, arguments):
     data = make_data(files)

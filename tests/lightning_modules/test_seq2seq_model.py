@@ -73,6 +73,7 @@ def test_bidirectional_states_of_matching_size_pass_unchanged():
         assert torch.equal(c0[0], torch.cat([c[0], c[1]], -1))
 
 
+@pytest.mark.parametrize("decoder_cell", ["lstm", "gru"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
 @pytest.mark.parametrize(
@@ -81,10 +82,11 @@ def test_bidirectional_states_of_matching_size_pass_unchanged():
     ids=["1-1", "1-3", "3-1", "2-2"],
 )
 def test_bridge_carries_every_layer_and_every_cell(
-    cell, bidirectional, encoder_sizes, decoder_sizes
+    cell, decoder_cell, bidirectional, encoder_sizes, decoder_sizes
 ):
     model = make(
         cell=cell,
+        decoder_cell=decoder_cell,
         bidirectional=bidirectional,
         encoder_sizes=encoder_sizes,
         decoder_sizes=decoder_sizes,
@@ -100,8 +102,8 @@ def test_bridge_carries_every_layer_and_every_cell(
     else:
         states = leaves = [state(n) for n in encoder_sizes]
     bridged = model.bridge(states)
-    flat = [t for s in bridged for t in (s if cell == "lstm" else (s,))]
-    per_layer = 2 if cell == "lstm" else 1
+    flat = [t for s in bridged for t in (s if decoder_cell == "lstm" else (s,))]
+    per_layer = 2 if decoder_cell == "lstm" else 1
     assert [t.shape for t in flat] == [(1, 2, n) for n in decoder_sizes for _ in range(per_layer)]
     sum(t.sum() for t in flat).backward()
     for leaf in leaves:
@@ -122,6 +124,21 @@ def test_learnt_bridge_is_its_equation():
     torch.testing.assert_close(c[0], everything[1] @ cell.weight.T + cell.bias)
 
 
+def test_bridge_to_another_cell_is_its_equation():
+    torch.manual_seed(0)
+    given = torch.randn(1, 3, 5).double(), torch.randn(1, 3, 5).double()
+    bridge = Bridge([5], [5], has_cell=False, given_cell=True).double()
+    (h,) = bridge([given])
+    hidden = bridge.hidden[0]
+    everything = torch.cat([given[0][0], given[1][0]], -1)
+    torch.testing.assert_close(h[0], torch.tanh(everything @ hidden.weight.T + hidden.bias))
+    bridge = Bridge([5], [5], has_cell=True, given_cell=False).double()
+    ((h, c),) = bridge([given[0]])
+    hidden, cell = bridge.hidden[0], bridge.cell[0]
+    torch.testing.assert_close(h[0], torch.tanh(given[0][0] @ hidden.weight.T + hidden.bias))
+    torch.testing.assert_close(c[0], given[0][0] @ cell.weight.T + cell.bias)
+
+
 VARIANTS = [
     pytest.param({"cell": cell, "attention": kind, **more}, id="-".join([cell, kind, *more]))
     for cell in ("lstm", "gru")
@@ -137,6 +154,13 @@ VARIANTS = [
         ("additive", {"feedback": "context", "coverage": True}),
         ("dot", {"coverage": True}),
     )
+]
+VARIANTS += [
+    pytest.param(
+        {"cell": cell, "decoder_cell": other, "decoder_sizes": [7, 6], "input_feeding": True},
+        id=f"{cell}-to-{other}",
+    )
+    for cell, other in (("lstm", "gru"), ("gru", "lstm"))
 ]
 
 
@@ -173,6 +197,34 @@ def test_attention_decoder_is_its_equation():
         features = torch.tanh(model.decoder.combine.weight @ torch.cat([alpha @ keys[0], h]))
         expected = model.output.weight @ features + model.output.bias
         torch.testing.assert_close(logits[0, t], expected)
+
+
+@torch.no_grad()
+def test_attention_before_the_step_with_coverage_is_its_equation():
+    """Bahdanau et al. 2014, appendix A.2.2, a GRU; coverage as in See et al. 2017, equation 11."""
+    model = make(cell="gru", attention="additive", feedback="context", coverage=True)
+    attention, layer = model.attention, model.decoder.stack.layers[0]
+    attention.coverage.normal_()
+    source, lengths, target = batch([5, 3], 3)
+    logits, weights = model(source, lengths, target)
+    keys, finals = model.encoder(model.source_embedding(source), lengths=lengths)
+    for row, length in enumerate(lengths):
+        k, h = keys[row, :length], torch.cat([finals[0][0, row], finals[0][1, row]])
+        seen = torch.zeros(length, dtype=torch.float64)
+        for t in range(3):
+            asked = attention.query.weight @ h + k @ attention.key.weight.T + attention.key.bias
+            hidden = torch.tanh(asked + seen[:, None] * attention.coverage)
+            alpha = torch.softmax(hidden @ attention.energy.weight[0], 0)
+            torch.testing.assert_close(weights[row, t, :length], alpha)
+            seen, context = seen + alpha, alpha @ k
+            x = torch.cat([model.target_embedding.weight[target[row, t]], context])
+            r, z, n = (layer.weight_ih_l0 @ x + layer.bias_ih_l0).chunk(3)
+            u_r, u_z, u_n = (layer.weight_hh_l0 @ h + layer.bias_hh_l0).chunk(3)
+            z = torch.sigmoid(z + u_z)
+            h = (1 - z) * torch.tanh(n + torch.sigmoid(r + u_r) * u_n) + z * h
+            features = torch.tanh(model.decoder.combine.weight @ torch.cat([context, h]))
+            expected = model.output.weight @ features + model.output.bias
+            torch.testing.assert_close(logits[row, t], expected)
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
