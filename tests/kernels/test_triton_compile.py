@@ -82,6 +82,36 @@ def test_programs_that_meet_are_launched_cooperatively(rows):
     assert_none(row for row in rows if (row["slices"] != "1") != (row["cooperative"] == "True"))
 
 
+def test_programs_write_before_they_arrive_and_read_after_all_have():
+    command = [sys.executable, "-m", "tests.kernels.ordering"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (("\tbar.sync 0;\n@%p1 atom", "@%p1 atom"), "arrives after st.global.b32"),
+        (("$L__BB0_2:\n\tbar.sync 0;", "$L__BB0_2:"), "read without bar.sync"),
+        (("ld.global.cg", "ld.global"), "nothing read past the L1 cache"),
+        (("ld.global.cg", "ld.global.nc"), "ld.global.nc.b32 is not ordered"),
+        (("atom.global.gpu.release", "atom.global.gpu.relaxed"), "0 arrivals"),
+    ],
+)
+def test_a_fault_in_the_order_is_found(change, fault):
+    from tests.kernels.ordering import faults
+
+    ptx = (
+        "\tst.global.b32 [%rd1], %r1;\n\tbar.sync 0;\n"
+        "@%p1 atom.global.gpu.release.add.u32 %r2, [%rd2], 1;\n"
+        "$L__BB0_1:\n@%p1 ld.global.gpu.acquire.b32 %r3, [%rd2];\n@%p2 bra $L__BB0_1;\n"
+        "$L__BB0_2:\n\tbar.sync 0;\n\tld.global.cg.b32 %r4, [%rd1];\n"
+    )
+    assert not [*faults(ptx, 1)]
+    assert any(fault in found for found in faults(ptx.replace(*change), 1))
+
+
 def test_a_reload_is_found():
     from benchmarks.compile_facts import weights_reloaded
 
