@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from .registry import Case, Row, benchmark
 
 TAGGER_SEEDS, SEQ2SEQ_SEEDS = (1, 2, 3, 4, 5), (1, 2, 3)
-PERCENT = ("accuracy", "precision", "recall", "f1", "per", "wer")
+PERCENT = ("accuracy", "precision", "recall", "f1", "per", "wer", "cer")
 """Scores that are shares; the others are reported as they are."""
 
 BEAM = 5

@@ -91,8 +91,9 @@ class Seq2Seq(Task):
         sampling_probability: in training, the probability with which a symbol that the decoder is
             fed is its own guess (scheduled sampling).
         sampling_steps: optimizer steps over which that probability grows linearly from 0.
-        score: what to compute on decoded text: `per`, phoneme and word error rate, or `bleu`, with
-            and without regard to case.
+        score: what to compute on decoded text: `per`, phoneme error rate, and the share of wrong
+            words, a row being one; `wer`, word and character error rate, a row being an utterance;
+            or `bleu`, with and without regard to case.
         max_length_ratio: decoding stops after this many symbols per source symbol, ...
         max_length_extra: ... plus this many.
         test_beam_size: hypotheses that the search of `test` keeps, with the length penalty of
@@ -128,7 +129,7 @@ class Seq2Seq(Task):
         label_smoothing: float = 0.0,
         sampling_probability: float = 0.0,
         sampling_steps: int = 0,
-        score: Literal["per", "bleu"] = "bleu",
+        score: Literal["per", "wer", "bleu"] = "bleu",
         max_length_ratio: float = 2.0,
         max_length_extra: int = 10,
         test_beam_size: int = 1,
@@ -169,8 +170,8 @@ class Seq2Seq(Task):
         for name in ("label_smoothing", "sampling_probability"):
             if not 0 <= self.arguments[name] < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {self.arguments[name]}")
-        if score not in ("per", "bleu"):
-            raise ValueError(f"score: expected per or bleu, got {score!r}")
+        if score not in ("per", "wer", "bleu"):
+            raise ValueError(f"score: expected per, wer or bleu, got {score!r}")
         if max_length_ratio < 0 or max_length_extra < 1:
             raise ValueError(
                 "max_length_ratio, max_length_extra: expected at least 0 and 1, "
@@ -202,6 +203,8 @@ class Seq2Seq(Task):
         }
         if self.score == "per":
             scores |= {"per": SymbolErrorRate(), "wer": WordErrorRate()}
+        elif self.score == "wer":
+            scores |= {"wer": SymbolErrorRate(), "cer": SymbolErrorRate()}
         else:
             lowercase = self.codec.target_symbols.lowercase
             scores["bleu"] = SacreBLEU(lowercase=lowercase)
@@ -263,9 +266,14 @@ class Seq2Seq(Task):
                 scores[name].update(predictions, batch.references)
         else:
             join = self.codec.target_symbols.join
+            texts = [join(prediction) for prediction in predictions]
             references = [[join(answer) for answer in answers] for answers in batch.references]
             for name in scores.keys() & {"bleu", "bleu_lowercase"}:
-                scores[name].update([join(p) for p in predictions], references)
+                scores[name].update(texts, references)
+            if self.score == "wer":
+                for name, cut in (("wer", str.split), ("cer", list)):
+                    answers = [[cut(text) for text in row] for row in references]
+                    scores[name].update([cut(text) for text in texts], answers)
         self._log_scores(stage, len(predictions))
         sizes = decoded.lengths
         means = decoded.scores / normalise(sizes.double(), sizes, search.length_penalty)

@@ -59,8 +59,9 @@ class _Rate(Metric):
 class SymbolErrorRate(_Rate):
     """Edits to the closest reference, per symbol of that reference.
 
-    For phonemes this is PER. The closest reference is the one with the fewest edits, the first of
-    several. Sums run over all rows before the division.
+    For phonemes this is PER, for the words of an utterance WER, for its characters CER. The closest
+    reference is the one with the fewest edits, the first of several. Sums run over all rows before
+    the division.
     """
 
     def update(

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy, one_hot
+from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from fusedrnn.train import main
 from lightning_modules.base import CheckpointError, Task
@@ -539,12 +540,28 @@ def test_text_is_scored_by_sacrebleu(tmp_path, lowercase):
         assert ("case:lc" in rows[name]["signature"]) == ignored
 
 
+def test_utterances_are_scored_by_words_and_characters(fitted, tmp_path):
+    model, data, _, _ = fitted
+    rough = make_model(data.codec, score="wer")
+    rough.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in rough.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.manual_seed(0)))
+    assert rough.monitor == "val/wer"
+    (scores,) = make_trainer(tmp_path).test(rough, data, verbose=False)
+    words, sounds = zip(*data.pairs("test"), strict=True)
+    found = rough.translate(words)
+    assert found != list(sounds)
+    assert scores["test/wer"] == pytest.approx(float(word_error_rate(found, sounds)))
+    assert scores["test/cer"] == pytest.approx(float(char_error_rate(found, sounds)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= label_smoothing < 1, got 1.0"),
         ({"sampling_probability": -0.1}, "sampling_probability: expected 0 <="),
-        ({"score": "rouge"}, "score: expected per or bleu, got 'rouge'"),
+        ({"score": "rouge"}, "score: expected per, wer or bleu, got 'rouge'"),
         ({"max_length_extra": 0}, "max_length_ratio, max_length_extra: expected at least 0 and 1"),
         ({"test_beam_size": 0}, "test_beam_size: expected at least 1, got 0"),
         ({"encoder_sizes": [0]}, "encoder_sizes must be one or more positive sizes"),

@@ -57,7 +57,7 @@ def trained(folder, tmp_path_factory):
 def test_it_learns_to_read_voices_it_never_heard(trained):
     cli, place = trained
     assert isinstance(cli.model, SpeechToText) and isinstance(cli.datamodule, SpeechData)
-    assert float(cli.trainer.callback_metrics["val/per"]) < 0.1
+    assert float(cli.trainer.callback_metrics["val/cer"]) < 0.1
     media = place / "runs/speech/latest/media/val"
     assert list(media.glob("alignment_0_*.png")) and list(media.glob("samples_*.csv"))
 
