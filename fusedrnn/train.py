@@ -24,6 +24,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_modules.data
 from lightning_modules import CheckpointError, Task
@@ -126,9 +127,11 @@ class CLI(LightningCLI):
             raise CheckpointError(f"{path}: holds a {name}, not a {task.__name__}")
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer, and refuse data that cannot be read in one line."""
+        """Build data, model and trainer; refuse in one line what they cannot be built from."""
         try:
             super().instantiate_classes()
+        except MisconfigurationException as error:
+            _fail(ValueError(f"--trainer: {error}"))
         except (ValueError, OSError) as error:
             _fail(_inner(error))
 
@@ -390,7 +393,13 @@ def _reading(source: str) -> Iterator[TextIO]:
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield sys.stdin
     else:
-        with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        try:  # around opening alone: what reads may raise other errors
+            file = open(  # noqa: SIM115
+                source, encoding="utf-8-sig", errors="surrogateescape", newline=""
+            )
+        except OSError as error:
+            raise ValueError(f"--input: cannot read {source!r}: {error.strerror}") from error
+        with file:
             yield file
 
 
@@ -405,20 +414,29 @@ def _name(source: str) -> str:
 
 @contextmanager
 def _writing(target: str) -> Iterator[TextIO]:
-    """Yield stdout, or a file that appears under its name only when it is complete."""
+    """Yield stdout, a device or a pipe, or a file that has its name only when it is complete."""
     if target == "-":
         yield sys.stdout
         return
     path = Path(target)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output: no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output: expected a file, got the folder {path}")
+    whole = path.is_file() or not path.exists()
+    partial = path.with_name(f".{path.name}.{os.getpid()}") if whole else path
+    try:  # around opening alone, as above
+        file = open(partial, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--output: cannot write {target!r}: {error.strerror}") from error
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with file:
             yield file
-        partial.replace(path)
+        if whole:
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if whole:
+            partial.unlink(missing_ok=True)
 
 
 def _quieten() -> None:

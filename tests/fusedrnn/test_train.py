@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,10 @@ def test_a_checkpoint_of_another_size_is_refused(fitted, capsys):
             ["fit", "--config", "pos", "--model.optimizer", "Foo"],
             "error: --model.optimizer: expected the import path of a class, got Foo",
         ),
+        (
+            ["fit", "--config", "toy.yaml", "--trainer.max_epochs=-5"],
+            "error: --trainer: `max_epochs` must be a non-negative integer or -1",
+        ),
         (["fit", "--config", "bad.yaml"], "bad.yaml:2: expected"),
         (["train"], "train"),
         ([], 'expected "subcommand" to be one of {fit,validate,test}'),
@@ -333,7 +338,10 @@ def test_bad_commands(here, capsys, args, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--input", "absent.txt"], "absent.txt"),
+        (["--input", "absent.txt"], "--input: cannot read 'absent.txt': No such file"),
+        (["--input", "runs"], "--input: cannot read 'runs': Is a directory"),
+        (["--input", "text.txt", "--output", "runs"], "--output: expected a file, got the folder"),
+        (["--input", "text.txt", "--output", "/proc/x"], "--output: cannot write '/proc/x'"),
         (["--input", "latin.txt"], "latin.txt:2: expected UTF-8 text, got the byte 0xE9"),
         (["--input", "text.txt", "--output", "no/such/folder.txt"], "--output: no folder no/such"),
         (["--input", "text.txt", "--device", "toaster"], "--device: cannot use 'toaster'"),
@@ -346,6 +354,18 @@ def test_bad_predict_arguments(fitted, capsys, more, message):
     Path("text.txt").write_text("w1\n")
     said = fails(capsys, "predict", "--ckpt_path", LAST, *more)
     assert message in said.splitlines()[-1]
+
+
+def test_a_pipe_is_written_and_not_replaced(fitted):
+    Path("text.txt").write_text("w1 w2\n")
+    os.mkfifo("pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(Path("pipe").read_text()), daemon=True)
+    reader.start()
+    main(["predict", "--ckpt_path", LAST, "--input", "text.txt", "--output", "pipe"])
+    reader.join(10)
+    assert read[0].count("\n") == 1
+    assert Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize("bad", ["train", "val"])
