@@ -69,6 +69,7 @@ class RecurrentStack(nn.Module):
         output_size: size of the last dimension of the output.
 
     Raises:
+        TypeError: `hidden_sizes` is no list, or a layer has no such further argument.
         ValueError: `hidden_sizes` is empty, the cell is unknown, a list has not one value for each
             layer, or `residual` and `highway` are both wanted.
     """
@@ -93,6 +94,12 @@ class RecurrentStack(nn.Module):
         **cell_options: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(hidden_sizes, Sequence):
+            raise TypeError(
+                f"hidden_sizes must be a list with one size a layer, got {hidden_sizes!r}"
+            )
+        if "num_layers" in cell_options:
+            raise TypeError("num_layers is not an argument: hidden_sizes names each layer")
         if not hidden_sizes:
             raise ValueError("hidden_sizes must name at least one layer")
         if residual and highway:

@@ -92,6 +92,18 @@ def test_bad_arguments(arguments, message):
         fusedrnn.RecurrentStack(I, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_sizes": 4}, "hidden_sizes must be a list with one size a layer, got 4"),
+        ({"hidden_sizes": [4], "num_layers": 2}, "num_layers is not an argument: hidden_sizes"),
+    ],
+)
+def test_layers_are_named_by_their_sizes(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fusedrnn.RecurrentStack(3, **arguments)
+
+
 def test_bad_states():
     stack = fusedrnn.RecurrentStack(I, [4, 4])
     with pytest.raises(ValueError, match="states must have one entry per layer, 2, got 1"):
