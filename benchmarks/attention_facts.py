@@ -2,7 +2,8 @@
 
     python -m benchmarks.attention_facts [--capabilities 80 90 100] [--hidden 256 ...]
 
-As compile_facts.py does for the recurrent kernels; rows go to attention_facts.csv.
+As compile_facts.py does for the recurrent kernels; rows go to attention_facts.csv, where those of
+other versions of Triton stay.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def compile_both(x: launch.Inputs, kind: launch.Kind, words: launch.Words | None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compile everything asked for and replace the result file."""
+    """Compile everything asked for and replace what this version of Triton had written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capabilities", nargs="+", type=int, default=list(DEVICES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
@@ -130,10 +131,14 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append({**where, **key, "pass": what, "size": size, **row})
             print(*rows[-1].values(), flush=True)
     torch.backends.cuda.matmul.fp32_precision = before
+    others: list[dict[str, str]] = []
+    if options.output.exists():
+        with options.output.open(newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["triton"] != triton.__version__]
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*others, *rows])
 
 
 if __name__ == "__main__":
