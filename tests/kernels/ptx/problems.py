@@ -1,0 +1,175 @@
+"""What the machine runs: the recurrences, the attention decoder and the CRF, and faults in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+
+from kernels import CELLS, ops
+from kernels.attention import FEEDBACKS
+from kernels.attention import ops as attention
+from tests.kernels import attention_cases
+from tests.kernels.cases import random_layer
+from tests.kernels.crf import crf_cases
+from tests.kernels.triton_cases import assert_accurate, force, poison, to_device
+
+from .card import Card
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MASKS = {"recurrent_dropout": 0.3, "zoneout": 0.2, "training": True, "seed": 2**40 + 1}
+ARRIVAL = "atom.global.gpu.release"
+POLL = "ld.global.gpu.acquire"
+
+Problem = Callable[[Card, pytest.MonkeyPatch], None]
+
+
+def recurrence(
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cell: str,
+    dtype: str,
+    units: int | None = None,
+    masks: bool = False,
+    directions: int = 1,
+    hidden: int = 21,
+    steps: int = 3,
+) -> None:
+    """Forward and backward; `units` of a program, 0: all of them, None: by the table, several."""
+    poison(monkeypatch)
+    if units is not None:
+        force(monkeypatch, units=units)
+    shape = {"batch": 3, "inputs": 4, "hidden": hidden, "directions": directions}
+    layer = to_device(random_layer(cell, steps, **shape), "cpu", DTYPES[dtype])
+    options = MASKS if masks else {}
+    assert_accurate(ops.recurrence, layer, lengths=torch.tensor([steps, 0, 2]), **options)
+    meet = hidden > units if units else units is None
+    assert {launch.cooperative for launch in card.launches} == {meet}
+
+
+def decoder(
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cell: str,
+    feedback: str,
+    kind: str,
+    dtype: str,
+    symbols: int = 0,
+) -> None:
+    """Forward and backward, two programs; with `symbols`, under scheduled sampling."""
+    case = attention_cases.random_case(
+        cell, feedback, kind, coverage=True, dropout=0.2, steps=2, source=5, inputs=6,
+        batch=18, lengths=[1 + i % 5 for i in range(18)], keys=12, features=10,
+        hidden=(20,) if kind == "additive" else (12, 20),
+    )  # fmt: skip
+    if symbols:
+        case = attention_cases.sampled(case, symbols, dropout=0.2, gain=0.2)
+    attention_cases.assert_accurate(attention.decode, case.to(DTYPES[dtype]))
+    assert {launch.grid for launch in card.launches} == {(2, 1, 1)}
+
+
+def crf_sums(card: Card, monkeypatch: pytest.MonkeyPatch, *, num_tags: int, dtype: str) -> None:
+    problem = crf_cases.random_problem(3, 4, num_tags, forbid=num_tags > 3, dtype=DTYPES[dtype])
+    crf_cases.assert_sums_agree(problem)
+
+
+def crf_paths(card: Card, monkeypatch: pytest.MonkeyPatch, *, num_tags: int, n: int) -> None:
+    crf_cases.assert_paths_agree(crf_cases.random_problem(3, 4, num_tags, forbid=num_tags > 3), n)
+
+
+def no_release(ptx: str) -> str:
+    """Programs arrive without publishing what they wrote."""
+    return ptx.replace("gpu.release", "gpu.relaxed")
+
+
+def early_arrival(ptx: str) -> str:
+    """A program arrives when one of its warps has come, not all."""
+    lone = re.compile(r"bar\.sync\s+0;((?:(?!bar\.sync).)*?" + re.escape(ARRIVAL) + ")", re.S)
+    return lone.sub(r"\1", ptx)
+
+
+def early_reading(ptx: str) -> str:
+    """Warps read without waiting for the one that polls."""
+    lone = re.compile("(" + re.escape(POLL) + r"(?:(?!bar\.sync).)*?)bar\.sync\s+0;", re.S)
+    return lone.sub(r"\1", ptx)
+
+
+def stale_reading(ptx: str) -> str:
+    """Exchanged values are read through the L1 cache, which nobody empties."""
+    return ptx.replace("ld.global.cg", "ld.global").replace(POLL, "ld.global.gpu.relaxed")
+
+
+def constant_reading(ptx: str) -> str:
+    """Exchanged values are read as if nobody ever wrote them."""
+    return ptx.replace("ld.global.cg", "ld.global.nc")
+
+
+def out_of_bounds(ptx: str) -> str:
+    """Stores hit what lies 64 KiB further on."""
+    return re.sub(r"(st\.global\.b32 \[ %rd\d+ \+) 0 \]", r"\1 65536 ]", ptx)
+
+
+FAULTS = (no_release, early_arrival, early_reading, stale_reading, constant_reading, out_of_bounds)
+
+
+def fault(card: Card, monkeypatch: pytest.MonkeyPatch, *, change: Callable[[str], str]) -> None:
+    """The forward and backward pass of an LSTM whose PTX has a fault."""
+
+    def mutate(ptx: str) -> str:
+        changed = change(ptx)
+        if changed == ptx:
+            raise SystemExit(f"{change.__name__} changes nothing")
+        return changed
+
+    card.mutate = mutate
+    recurrence(card, monkeypatch, cell="lstm", dtype="fp32", units=16, steps=4)
+
+
+def _named(problem: Callable[..., None], **options: object) -> tuple[str, Problem]:
+    words = (f"{k}={v}" if isinstance(v, (bool, int)) else str(v) for k, v in options.items())
+    return "-".join([problem.__name__, *words]), partial(problem, **options)
+
+
+CELL_BY_CELL = dict(
+    [
+        *(_named(recurrence, cell=c, dtype="bf16", units=0) for c in CELLS),
+        _named(recurrence, cell="lstm", dtype="fp32", units=16, directions=2),
+        _named(recurrence, cell="lstm", dtype="bf16", units=16, masks=True),
+        _named(recurrence, cell="gru_reset_before", dtype="fp32", units=0, masks=True),
+        _named(recurrence, cell="gru_reset_before", dtype="bf16", units=16),
+    ]
+)
+DECODERS = dict([_named(decoder, cell="lstm", feedback="features", kind="additive", dtype="bf16")])
+CRF = dict(
+    [
+        _named(crf_sums, num_tags=5, dtype="fp32"),
+        _named(crf_paths, num_tags=5, n=1),
+        _named(crf_paths, num_tags=5, n=3),
+    ]
+)
+MUTATED = {change.__name__: partial(fault, change=change) for change in FAULTS}
+SLOW = dict(
+    [
+        *(
+            _named(recurrence, cell=c, dtype=d, units=u, masks=m, directions=2)
+            for c, d, u, m in product(CELLS, DTYPES, (0, 16), (False, True))
+        ),
+        *(
+            _named(recurrence, cell=c, dtype="bf16", units=None, hidden=200)
+            for c in ("lstm", "lstm_layernorm", "gru", "gru_reset_before")
+        ),
+        *(
+            _named(decoder, cell=c, feedback=f, kind=k, dtype="bf16", symbols=s)
+            for c, f, k, s in product(("lstm", "gru"), FEEDBACKS, ("product", "additive"), (0, 40))
+        ),
+        *(_named(crf_sums, num_tags=n, dtype=d) for n, d in product((1, 17, 40), DTYPES)),
+        *(_named(crf_paths, num_tags=n, n=p) for n, p in product((1, 17, 40), (1, 5))),
+    ]
+)
+PROBLEMS: dict[str, Problem] = CELL_BY_CELL | DECODERS | CRF | MUTATED | SLOW
