@@ -59,6 +59,13 @@ def test_recurrence(name, ask):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["bf16", "tf32"])
+def test_tensor_cores_are_among_it(dtype, ask):
+    products = [launch["products"] for launch in ask(f"recurrence-lstm-{dtype}")["launches"]]
+    assert products == [["wgmma.mma_async"], ["mma.sync"]]
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", DECODERS)
 def test_attention_decoder(name, ask):
     assert_right(ask(name))
@@ -104,7 +111,7 @@ def test_translation(text, expected):
     "text",
     [
         "cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 16",
-        "add.f16x2 %r1, %r2, %r3",
+        "add.f32x2 %rd1, %rd2, %rd3",
         "bar.sync 1",
         "shfl.sync.down.b32 %r1, %r2, 1, 15, -1",
         "mov.b32 %r1, %clock",

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -31,18 +32,20 @@ HOOK = ctypes.CFUNCTYPE(
 
 
 class Launch(NamedTuple):
-    """What one launch asked for."""
+    """What one launch asked for, and by which instructions it multiplies matrices."""
 
     grid: tuple[int, ...]
     warps: int
     shared: int
     cooperative: bool
+    products: list[str]
 
 
 def missing() -> str:
     """What of the tools is not installed, in words, or nothing."""
     found = [tool for tool in ("gcc", "g++") if shutil.which(tool) is None]
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
         found.append("Python.h")
     return ", ".join(found)
 
@@ -98,10 +101,14 @@ class Card:
     ) -> None:
         """Run a launch; what goes wrong is kept, since it cannot be raised through C."""
         try:
-            self.launches.append(Launch(tuple(grid[:3]), threads // 32, shared, bool(meets)))
+            text = ptx.decode()
+            products = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)", text)))
+            self.launches.append(
+                Launch(tuple(grid[:3]), threads // 32, shared, bool(meets), products)
+            )
             memory = (ctypes.c_uint64 * len(self._memory))(*self._memory)
             size = ctypes.c_uint
-            problem = self.machine(self.mutate(ptx.decode())).run(
+            problem = self.machine(self.mutate(text)).run(
                 params, grid, size(threads // 32), size(shared), memory, len(memory) // 2,
                 ctypes.c_uint64(self.seed),
             )  # fmt: skip

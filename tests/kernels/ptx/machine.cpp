@@ -156,6 +156,11 @@ bool branches(const Warp&, const u8* predicate, bool wanted, int line) {
   return taken > 0;
 }
 
+u64 uniform(const u64* lanes, int line) {
+  EACH if (lanes[l] != lanes[0]) fail("matrix descriptor that differs in a warp", line, lanes[l]);
+  return lanes[0];
+}
+
 float f16(u16 x) {
   int exponent = x >> 10 & 31, fraction = x & 1023;
   float size = exponent == 31 ? (fraction ? NAN : INFINITY)
@@ -186,7 +191,7 @@ u32 to_tf32(u32 x) {
   return finite ? (x + 0x1000) & 0xffffe000u : x;
 }
 
-// "prmt": each nibble of the selector picks a byte of the pair, or, with its top bit, only its sign.
+// "prmt": each nibble of the selector picks a byte of the pair, or, with its top bit, its sign.
 u32 byte_permute(u32 low, u32 high, u32 selector) {
   u64 pair = u64(high) << 32 | low;
   u32 out = 0;

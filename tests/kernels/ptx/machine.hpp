@@ -93,6 +93,8 @@ u32 logic3(u32 x, u32 y, u32 z, u32 table);
 u64 extract_bits(u64 x, u32 position, u32 count, int width, bool is_signed);
 u64 insert_bits(u64 field, u64 into, u32 position, u32 count);
 
+u64 uniform(const u64* lanes, int line);  // what all lanes hold
+
 // The operands are numbers of 32-bit registers; `addresses` one shared address of each lane.
 enum class Number { bf16, f16, tf32 };
 void ldmatrix(Warp& w, const u32* addresses, const int* to, int count, bool transposed, int line);

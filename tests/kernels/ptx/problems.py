@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import CELLS, ops
 from kernels.attention import FEEDBACKS
@@ -20,12 +23,44 @@ from tests.kernels.triton_cases import assert_accurate, force, poison, to_device
 
 from .card import Card
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 MASKS = {"recurrent_dropout": 0.3, "zoneout": 0.2, "training": True, "seed": 2**40 + 1}
 ARRIVAL = "atom.global.gpu.release"
 POLL = "ld.global.gpu.acquire"
 
 Problem = Callable[[Card, pytest.MonkeyPatch], None]
+
+
+class TensorFloat(TorchDispatchMode):
+    """Torch's products of float32 as a card does them in tf32: 10 bits of fraction are read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            args = (*args[:-2], *map(self.rounded, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@contextlib.contextmanager
+def products_in_tf32() -> Iterator[None]:
+    """Those of the kernels and of torch."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        with TensorFloat():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def recurrence(
@@ -47,9 +82,17 @@ def recurrence(
     shape = {"batch": 3, "inputs": 4, "hidden": hidden, "directions": directions}
     layer = to_device(random_layer(cell, steps, **shape), "cpu", DTYPES[dtype])
     options = MASKS if masks else {}
-    assert_accurate(ops.recurrence, layer, lengths=torch.tensor([steps, 0, 2]), **options)
+    with products_in_tf32() if dtype == "tf32" else contextlib.nullcontext():
+        assert_accurate(ops.recurrence, layer, lengths=torch.tensor([steps, 0, 2]), **options)
     meet = hidden > units if units else units is None
     assert {launch.cooperative for launch in card.launches} == {meet}
+
+
+def orders(card: Card, monkeypatch: pytest.MonkeyPatch, *, cell: str) -> None:
+    """The same programs in other random orders."""
+    for seed in range(2, 6):
+        card.seed = seed
+        recurrence(card, monkeypatch, cell=cell, dtype="bf16", units=16)
 
 
 def decoder(
@@ -132,7 +175,10 @@ def fault(card: Card, monkeypatch: pytest.MonkeyPatch, *, change: Callable[[str]
 
 
 def _named(problem: Callable[..., None], **options: object) -> tuple[str, Problem]:
-    words = (f"{k}={v}" if isinstance(v, (bool, int)) else str(v) for k, v in options.items())
+    """A problem under a name of all that is not false, none or nought."""
+    words = [
+        v if isinstance(v, str) else k if v is True else f"{k}{v}" for k, v in options.items() if v
+    ]
     return "-".join([problem.__name__, *words]), partial(problem, **options)
 
 
@@ -141,11 +187,21 @@ CELL_BY_CELL = dict(
         *(_named(recurrence, cell=c, dtype="bf16", units=0) for c in CELLS),
         _named(recurrence, cell="lstm", dtype="fp32", units=16, directions=2),
         _named(recurrence, cell="lstm", dtype="bf16", units=16, masks=True),
+        _named(recurrence, cell="lstm", dtype="tf32", units=0),
         _named(recurrence, cell="gru_reset_before", dtype="fp32", units=0, masks=True),
         _named(recurrence, cell="gru_reset_before", dtype="bf16", units=16),
+        _named(recurrence, cell="lstm", dtype="bf16", hidden=200),
+        _named(recurrence, cell="gru_reset_before", dtype="bf16", hidden=200),
+        _named(orders, cell="lstm"),
+        _named(orders, cell="gru_reset_before"),
     ]
 )
-DECODERS = dict([_named(decoder, cell="lstm", feedback="features", kind="additive", dtype="bf16")])
+DECODERS = dict(
+    [
+        _named(decoder, cell="lstm", feedback="features", kind="additive", dtype="bf16"),
+        _named(decoder, cell="gru", feedback="context", kind="product", dtype="fp32", symbols=40),
+    ]
+)
 CRF = dict(
     [
         _named(crf_sums, num_tags=5, dtype="fp32"),
@@ -162,13 +218,16 @@ SLOW = dict(
         ),
         *(
             _named(recurrence, cell=c, dtype="bf16", units=None, hidden=200)
-            for c in ("lstm", "lstm_layernorm", "gru", "gru_reset_before")
+            for c in ("rnn_tanh", "lstm_peephole", "lstm_layernorm", "gru")
         ),
         *(
             _named(decoder, cell=c, feedback=f, kind=k, dtype="bf16", symbols=s)
             for c, f, k, s in product(("lstm", "gru"), FEEDBACKS, ("product", "additive"), (0, 40))
         ),
-        *(_named(crf_sums, num_tags=n, dtype=d) for n, d in product((1, 17, 40), DTYPES)),
+        *(
+            _named(crf_sums, num_tags=n, dtype=d)
+            for n, d in product((1, 17, 40), ("fp32", "bf16", "fp16"))
+        ),
         *(_named(crf_paths, num_tags=n, n=p) for n, p in product((1, 17, 40), (1, 5))),
     ]
 )

@@ -230,9 +230,21 @@ def convert(i: Instruction) -> str:
 def arithmetic(i: Instruction) -> str:
     """Sums, differences, products: of whole numbers modulo 2**n, whatever their sign."""
     sign = SIGNS[i.parts[0]]
-    if i.type[0] == "f":
+    if "f" in i.type:
         return i.result(f"{i.value(1)} {sign} {i.value(2)}")
     return i.result(f"u64({i.value(1)}) {sign} u64({i.value(2)})")
+
+
+def pair(i: Instruction) -> str:
+    """Arithmetic of both halves of registers."""
+    kind, form = i.type[:-2], "{} " + SIGNS.get(i.parts[0], "") + " {}"
+    if i.parts[0] == "fma":
+        form = "float(std::fma(double({}), double({}), double({})))"
+    halves = []
+    for n in (0, 16):
+        given = (f"u16({value(x, 'u32')} >> {n})" for x in i.operands[1:])
+        halves.append(WRITE[kind].format(form.format(*(f"{kind}({x})" for x in given))))
+    return i.result(f"u32({halves[1]}) << 16 | {halves[0]}", "b32")
 
 
 def wide_product(i: Instruction) -> str:
@@ -447,10 +459,14 @@ def wgmma(i: Instruction) -> str:
     transposed = [False, *major] if in_registers else major
     first, second = (str(t).lower() for t in (*transposed, False, False)[:2])
     form = f"Number::{i.type}, {columns}, {depth}, {value(scale, 'pred')}, {first}, {second}"
-    left = f"const int a[] = {numbers(a)};" if in_registers else f"u64 a = {value(a, 'u64')};"
+
+    def descriptor(operand: str) -> str:
+        return f"uniform({raw(operand).removesuffix('[l]')}, {i.line})"
+
+    left = f"const int a[] = {numbers(a)};" if in_registers else f"u64 a = {descriptor(a)};"
     return i.whole(
         f"const int d[] = {numbers(d)}, l = 0; {left}",
-        f"wgmma(w, {{{form}}}, d, a, {value(b, 'u64')}, {i.line});",
+        f"wgmma(w, {{{form}}}, d, a, {descriptor(b)}, {i.line});",
     )
 
 
@@ -466,7 +482,9 @@ FAMILIES: list[tuple[str, Callable[[Instruction], str]]] = [
     (r"cvt\.r[znmp]i\.[su](16|32|64)\.(b?f16|f32|f64)", convert),
     (rf"cvt(\.rn)?\.(b?f16|f32|f64)\.(b?f16|f32|f64|{INT})|cvt\.{INT}\.{INT}", convert),
     (r"(add|sub|mul)(\.rn|\.ftz)*\.(f32|f64)", arithmetic),
-    (r"((add|sub)|mul\.lo)\.[su](16|32|64)", arithmetic),
+    (r"(add|sub|mul)(\.rn)?\.b?f16", arithmetic),
+    (r"(add|sub|mul|fma)(\.rn)?\.b?f16x2", pair),
+    (r"(add|sub|mul\.lo)\.[su](16|32|64)", arithmetic),
     (r"(mul|mad)\.wide\.[su](16|32)", wide_product),
     (r"mul\.hi\.[su](32|64)", high_product),
     (r"mad\.lo\.[su](16|32|64)|fma\.rn(\.ftz)?\.(f32|f64)", multiply_add),
