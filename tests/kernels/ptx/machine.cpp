@@ -31,6 +31,7 @@ struct Member {
 char message[256];
 std::vector<Range> ranges;
 u64 random_state;
+long idle_turns;  // in which no warp wrote to global memory
 
 }  // namespace
 
@@ -122,6 +123,7 @@ void store(Warp& w, u64 address, const void* value, int bytes, int line) {
   std::memcpy(s.value, value, bytes);
   forget(*w.cta, s);
   pending_of(w).push_back(s);
+  idle_turns = 0;
 }
 
 u8* shared(Warp& w, u32 address, int bytes, int line) {
@@ -145,6 +147,7 @@ u32 atomic_add(Warp& w, u64 address, u32 value, int line, bool acquires, bool re
   u32 before, after;
   std::memcpy(&before, reinterpret_cast<void*>(address), 4);
   after = before + value;
+  if (value) idle_turns = 0;
   std::memcpy(reinterpret_cast<void*>(address), &after, 4);
   return before;
 }
@@ -360,8 +363,8 @@ void wgmma(Warp& w, Wgmma x, const int* d, u64 a_descriptor, u64 b_descriptor, i
 
 namespace {
 
-constexpr long PATIENCE = 20'000'000;  // turns without a warp that arrives or ends
-constexpr size_t MANY = 4096;          // stores that a CTA keeps to itself
+constexpr long PATIENCE = 300'000;  // turns in which no warp writes or ends
+constexpr size_t MANY = 4096;       // stores that a CTA keeps to itself
 
 void start(Cta& cta, unsigned warps, unsigned shared_bytes, const u32 index[3], const u32 grid[3],
            void** params) {
@@ -403,16 +406,14 @@ void pass(Cta& cta, std::vector<Warp*>& running) {
 }
 
 void run_all(std::vector<Warp*>& running) {
-  long turns = 0;
+  idle_turns = 0;
   while (!running.empty()) {
     size_t index = draw() % running.size();
     Warp& w = *running[index];
     step(w);
-    if (w.state == State::running) {
-      if (++turns > PATIENCE) fail("warps wait for each other in vain", w.resume);
-      continue;
-    }
-    turns = 0;
+    if (w.state == State::done) idle_turns = 0;
+    if (++idle_turns > PATIENCE) fail("warps wait for each other in vain", 0);
+    if (w.state == State::running) continue;
     running[index] = running.back();
     running.pop_back();
     Cta& cta = *w.cta;
