@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 import jsonargparse
 import lightning as L
@@ -386,6 +386,16 @@ def _task_class(path: str) -> Any:
     return task
 
 
+def _opened(path: str | Path, mode: Literal["r", "w"], fault: str) -> TextIO:
+    """Open a file, and name the fault if that fails; not what fails later, while it is open."""
+    try:
+        if mode == "w":
+            return open(path, mode, encoding="utf-8", newline="\n")
+        return open(path, mode, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise ValueError(f"{fault}: {error.strerror}") from error
+
+
 @contextmanager
 def _reading(source: str) -> Iterator[TextIO]:
     if source == "-":
@@ -393,13 +403,7 @@ def _reading(source: str) -> Iterator[TextIO]:
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
         yield sys.stdin
     else:
-        try:  # around opening alone: what reads may raise other errors
-            file = open(  # noqa: SIM115
-                source, encoding="utf-8-sig", errors="surrogateescape", newline=""
-            )
-        except OSError as error:
-            raise ValueError(f"--input: cannot read {source!r}: {error.strerror}") from error
-        with file:
+        with _opened(source, "r", f"--input: cannot read {source!r}") as file:
             yield file
 
 
@@ -425,12 +429,8 @@ def _writing(target: str) -> Iterator[TextIO]:
         raise IsADirectoryError(f"--output: expected a file, got the folder {path}")
     whole = path.is_file() or not path.exists()
     partial = path.with_name(f".{path.name}.{os.getpid()}") if whole else path
-    try:  # around opening alone, as above
-        file = open(partial, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"--output: cannot write {target!r}: {error.strerror}") from error
     try:
-        with file:
+        with _opened(partial, "w", f"--output: cannot write {target!r}") as file:
             yield file
         if whole:
             partial.replace(path)

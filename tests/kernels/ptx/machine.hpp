@@ -51,26 +51,17 @@ void step(Warp& w);          // until the next PAUSE, or the end
 [[noreturn]] void fail(const char* what, int line, u64 a = 0, u64 b = 0);
 bool chance(u32 one_in);
 
-inline float f32(u32 x) {
-  float f;
-  std::memcpy(&f, &x, 4);
-  return f;
+template <class To, class From>
+To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
 }
-inline double f64(u64 x) {
-  double f;
-  std::memcpy(&f, &x, 8);
-  return f;
-}
-inline u32 bits(float f) {
-  u32 x;
-  std::memcpy(&x, &f, 4);
-  return x;
-}
-inline u64 bits64(double f) {
-  u64 x;
-  std::memcpy(&x, &f, 8);
-  return x;
-}
+inline float f32(u32 x) { return same_bits<float>(x); }
+inline double f64(u64 x) { return same_bits<double>(x); }
+inline u32 bits(float f) { return same_bits<u32>(f); }
+inline u64 bits64(double f) { return same_bits<u64>(f); }
 inline float bf16(u16 x) { return f32(u32(x) << 16); }
 float f16(u16 x);
 u16 to_bf16(float f);  // to nearest, ties to even; NaN is 0x7fff, as for cvt
